@@ -1,0 +1,82 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` on success and vanishes on any error.
+
+    Raises
+    ------
+    ValueError
+        When the folder of `path` does not exist and cannot be made, or cannot be written.
+
+    Examples
+    --------
+    >>> with atomic_path("results/doc/note.txt") as part:
+    ...     _ = part.write_text("whole")
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
+        # The suffix is kept: writers such as ProDy choose the format by it.
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix="".join(path.suffixes), dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"expected a place that can be written, got {path} ({reason}); try another folder") from error
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict) -> None:
+    """Write tensors and a JSON-able `meta` as one safetensors file, whole or not at all."""
+    # safetensors' metadata maps strings to strings: one JSON text holds the rest.
+    with atomic_path(path) as part:
+        # Copies, because safetensors refuses tensors that share memory.
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        save_file(copies, part, metadata={"cryochains": json.dumps(meta)})
+
+
+def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read what `save_tensors` wrote with ``meta["kind"] == kind``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        When there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"expected a {kind} file, found nothing at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("cryochains", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected a {kind} file, got something unreadable at {path} ({error})") from error
+    if meta.get("kind") != kind:
+        raise ValueError(f"expected a {kind} file, got {meta.get('kind') or 'another safetensors file'} at {path}")
+    return tensors, meta

@@ -1,0 +1,350 @@
+"""Every particle's latents by maximum a posteriori, under a population learned by EM (the refinement).
+
+Symbols: z → `latents`, μ, Σ → `Population.mean`, `covariance`, σ → `noise_std`. For every particle
+
+    ½ ‖y − f(z)‖²/σ² + ½ (z − μ)ᵀ Σ⁻¹ (z − μ)
+
+is minimised by Levenberg–Marquardt with the analytic Jacobian, coarse to fine. After each pass over the images, EM
+re-estimates μ, Σ and σ from all particles on the stored normal equations, which needs no image:
+
+    C_i = (H_i/σ² + Σ⁻¹)⁻¹,  μ = mean z_i,  Σ = mean[(z_i − μ)(z_i − μ)ᵀ + C_i]   (e.g. Bishop, PRML, section 9.4)
+
+Σ is shrunk towards the elastic network's own prior (variance of α_k ∝ 1/λ_k), which decides when particles are few.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .files import load_tensors, save_tensors
+from .likelihood import independent_pixels, normal_equations
+from .model import CryoChains
+from .particles import ParticleStack
+from .population import Population, elastic_variance, shrink_covariance
+
+# Å. Each pass sees a little more detail; the last ones see the images as they are.
+BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
+# Passes at the last blur go on, up to so many, while particles still move by more than this (RMS Å).
+MAX_EXTRA_PASSES, STILL = 4, 0.05
+# EM on the stored normal equations: few steps while they will be made anew, more at the end; stop at a change in Å.
+EM_STEPS, LAST_EM_STEPS, EM_TOLERANCE = 10, 40, 3e-3
+# The brightness is measured where a misplaced atom does not lower it.
+CONTRAST_BLUR = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """The outcome of `refine`: one row a particle, in the order of the stack.
+
+    latents (N, p) posterior means; std (N, p) posterior standard deviations; ids (N,); population; history, one dict
+    an image pass.
+    """
+
+    latents: Tensor
+    std: Tensor
+    ids: np.ndarray
+    population: Population
+    history: list
+
+    def save(self, path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        p = self.population
+        tensors = {"latents": self.latents, "std": self.std, "mean": p.mean, "covariance": p.covariance}
+        shared = {"noise_std": p.noise_std, "contrast": p.contrast, "structure_hash": p.structure_hash}
+        save_tensors(path, tensors, {"kind": "refinement", **shared, "ids": list(self.ids), "history": self.history})
+
+    @classmethod
+    def load(cls, path) -> "Refinement":
+        t, meta = load_tensors(path, "refinement")
+        shared = {k: meta[k] for k in ("noise_std", "contrast", "structure_hash")}
+        population = Population(t["mean"], t["covariance"], **shared)
+        return cls(t["latents"], t["std"], np.array(meta["ids"]), population, meta["history"])
+
+    def __repr__(self) -> str:
+        return f"Refinement({len(self.latents)} particles, {self.population!r})"
+
+
+def refine(
+    model: CryoChains,
+    particles: ParticleStack,
+    population: Population | None = None,
+    *,
+    start: Tensor | None = None,
+    blurs: tuple[float, ...] = BLURS,
+    n_population: int = 4000,
+    batch_size: int = 64,
+    seed: int = 0,
+    checkpoint=None,
+    progress: bool = True,
+) -> Refinement:
+    """Find the latents of every particle, with error bars.
+
+    Parameters
+    ----------
+    model : CryoChains
+        Its encoder is not used; its contrast is set to the population's.
+    particles : ParticleStack
+    population : Population, optional
+        Known from earlier, as when scoring held-out particles; None learns it from these.
+    start : (N, p) tensor, optional
+        Where to start, such as the encoder's answer; default the population's mean or the reference.
+    blurs : tuple of float
+        Å, one a pass over the images. The longest should be about the largest motion expected.
+    n_population : int
+        The population is learned from at most this many particles, which keeps memory from growing.
+    checkpoint : path, optional
+        Written after every pass; a run that was cut resumes from it and gives the same numbers.
+
+    Returns
+    -------
+    Refinement
+
+    Raises
+    ------
+    ValueError
+        When the particles do not fit the model, the population or checkpoint is of another molecule, or an image
+        holds NaN.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure, simulate_particles
+    >>> closed = load_structure("glua3-closed")
+    >>> particles = simulate_particles(closed, 8, conformations=closed.coords[None], box_size=32, progress=False)
+    >>> model = CryoChains.for_particles(closed, particles, modes=None, width=0.1)
+    >>> refine(model, particles, blurs=(4.0, 0.0), progress=False).latents.shape
+    torch.Size([8, 12])
+    """
+    _check(model, particles, population)
+    n, p = len(particles), model.dynamics.n_latents
+    if start is not None and tuple(start.shape) != (n, p):
+        raise ValueError(f"expected start of shape {(n, p)}, got {tuple(start.shape)}")
+    if population is not None:
+        learned, first, history = population, None, []
+        subset = np.zeros(n, dtype=bool)
+    else:
+        # Sorted, so that images are read in the order of the file.
+        chosen = np.sort(np.random.default_rng(seed).permutation(n)[:n_population])
+        subset = np.zeros(n, dtype=bool)
+        subset[chosen] = True
+        part = start[chosen] if start is not None else None
+        first = _Passes(model, particles[chosen], part, None, batch_size, checkpoint)
+        learned, history = first.run(blurs, progress)
+    latents, std = torch.zeros(n, p), torch.zeros(n, p)
+    if first is not None:
+        latents[subset], std[subset] = first.proposal.cpu(), first.std.cpu()
+    # The rest stream through in blocks, each refined from coarse to fine while its normal equations are in memory.
+    rest = np.flatnonzero(~subset)
+    blocks = np.array_split(rest, max(1, -(-len(rest) // n_population))) if len(rest) else []
+    for number, rows in enumerate(blocks):
+        part = start[rows] if start is not None else None
+        suffix = None if checkpoint is None else f"{checkpoint}.block{number}"
+        passes = _Passes(model, particles[rows], part, learned, batch_size, suffix)
+        _, steps = passes.run(blurs, progress)
+        latents[rows], std[rows] = passes.proposal.cpu(), passes.std.cpu()
+        history = history or steps
+    model.contrast.fill_(learned.contrast)
+    return Refinement(latents.to("cpu"), std, particles.ids, learned, history)
+
+
+@torch.no_grad()
+def posterior_covariance(model: CryoChains, particles: ParticleStack, refinement: Refinement, rows) -> Tensor:
+    """(len(rows), p, p) posterior covariance of some particles, in latent units (about Å²).
+
+    Computed on demand from their images' geometry: storing it for all particles would take N·p² numbers.
+    """
+    population = refinement.population
+    model.contrast.fill_(population.contrast)
+    z = refinement.latents[rows].to(model.device)
+    covariances = []
+    for batch in particles[rows].batches(64, device=model.device):
+        equations = normal_equations(model, None, batch.pose, z[batch.rows])
+        covariances.append(_posterior_precision(equations.hessian, population).inverse())
+    return torch.cat(covariances)
+
+
+def _posterior_precision(hessian: Tensor, population: Population) -> Tensor:
+    return hessian.double() / population.noise_std**2 + population.covariance.to(hessian.device).inverse()
+
+
+class _Passes:
+    """Passes over the images of some particles, all of whose normal equations are held in memory."""
+
+    def __init__(self, model, particles, start, population, batch_size, checkpoint):
+        self.model, self.particles, self.batch_size, self.checkpoint = model, particles, batch_size, checkpoint
+        n, p, device = len(particles), model.dynamics.n_latents, model.device
+        self.fixed = population is not None
+        if self.fixed:
+            self.mean = population.mean.to(device).double()
+            self.covariance = population.covariance.to(device).double()
+            self.noise_std = population.noise_std
+            model.contrast.fill_(population.contrast)
+        else:
+            self.covariance = elastic_variance(model.dynamics).to(device).diag()
+            self.mean = self.covariance.new_zeros(p)
+            self.noise_std = None
+            model.estimate_contrast(particles)
+        self.proposal = self.mean.float().expand(n, p).clone() if start is None else start.to(device).float().clone()
+        self.latents = self.proposal.clone()
+        self.std = torch.zeros(n, p, device=device)
+        self.residual = torch.full((n,), torch.inf, device=device)
+        self.damping = torch.zeros(n, device=device)
+        self.hessian = torch.zeros(n, p, p, device=device)
+        self.right = torch.zeros(n, p, device=device)
+        # Share of the atoms in each latent's chain: turns a step in z into RMS Å over the molecule.
+        share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
+        self.share = torch.tensor(share[model.dynamics.latent_chain], dtype=torch.float32, device=device)
+
+    def run(self, blurs, progress) -> tuple[Population, list]:
+        history, n = self._resume(), len(self.particles)
+        with tqdm(total=len(blurs) * n, initial=len(history) * n, desc="refining", unit="particle",
+                  disable=not progress) as bar:  # fmt: skip
+            while not self._done(history, blurs):
+                number = len(history)
+                blur = blurs[min(number, len(blurs) - 1)]
+                same_blur = number > 0 and blur == history[-1]["blur"]
+                history.append(self._pass(blur, same_blur, number >= len(blurs) - 1, bar))
+                bar.set_postfix(blur=f"{blur:g} Å", step=f"{history[-1]['step']:.2f} Å")
+                self._save(history)
+        population = Population(
+            self.mean.cpu(), self.covariance.cpu(), self.noise_std, float(self.model.contrast),
+            self.model.structure.content_hash,
+        )  # fmt: skip
+        return population, history
+
+    @staticmethod
+    def _done(history: list, blurs) -> bool:
+        extra = len(history) - len(blurs)
+        return extra >= 0 and (history[-1]["step"] < STILL or extra >= MAX_EXTRA_PASSES)
+
+    def _pass(self, blur: float, same_blur: bool, late: bool, bar) -> dict:
+        """One look at every image: linearise, refuse steps that made things worse, EM, next step."""
+        model, pixels = self.model, independent_pixels(self.model, blur)
+        residual = overlap = power = 0.0
+        refused = 0
+        residuals = torch.zeros_like(self.residual)
+        precision = self.covariance.inverse()
+        for batch in self.particles.batches(self.batch_size, device=model.device):
+            rows = torch.as_tensor(batch.rows, device=model.device)
+            z = self.proposal[rows]
+            eq = normal_equations(model, batch.images, batch.pose, z, blur)
+            if self.noise_std is None:
+                self.noise_std = float((eq.residual.mean() / pixels).sqrt())
+            objective = self._objective(eq.residual, z, precision)
+            before = self._objective(self.residual[rows], self.latents[rows], precision)
+            # A tenth of a nat is beyond the precision of a sum over all pixels.
+            worse = (objective > before + 0.1) & same_blur
+            hessian, gradient, rss = eq.hessian, eq.gradient, eq.residual
+            if worse.any():
+                # Rare: go back and look again from the last good place, with a shorter step this time.
+                back = [None if part is None else part[worse] for part in batch.pose]
+                z = torch.where(worse.unsqueeze(1), self.latents[rows], z)
+                again = normal_equations(model, batch.images[worse], tuple(back), z[worse], blur)
+                hessian[worse], gradient[worse], rss[worse] = again.hessian, again.gradient, again.residual
+                refused += int(worse.sum())
+            self.damping[rows] = torch.where(worse, (8 * self.damping[rows]).clamp_min(1.0), self.damping[rows] / 8)
+            self.latents[rows], self.hessian[rows], residuals[rows] = z, hessian, rss
+            self.right[rows] = gradient + (hessian @ z.unsqueeze(-1)).squeeze(-1)
+            overlap += float(eq.overlap.double().sum())
+            power += float(eq.power.double().sum())
+            bar.update(len(rows))
+        self.residual = residuals
+        if not self.fixed and blur >= CONTRAST_BLUR:
+            factor = overlap / power
+            model.contrast.mul_(factor)
+            self.hessian *= factor**2
+            self.right *= factor
+        residual = float(residuals.double().sum())
+        for _ in range(1 if self.fixed else LAST_EM_STEPS if late else EM_STEPS):
+            before = torch.cat([self.mean, self.covariance.diagonal().sqrt()])
+            means = self._expectation(pixels, residual)
+            after = torch.cat([self.mean, self.covariance.diagonal().sqrt()])
+            if (after - before).abs().max() < EM_TOLERANCE:
+                break
+        step = means - self.latents
+        # Gaussians overlap with where they were as long as they move by less than their width.
+        length = (step.square() * self.share).sum(1).sqrt()
+        reach = float(np.hypot(model.imaging.sigma, blur))
+        step *= (reach / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
+        self.proposal = self.latents + step
+        rms = float((step.square() * self.share).sum(1).mean().sqrt())
+        return {
+            "blur": blur, "step": rms, "refused": refused, "noise_std": self.noise_std,
+            "contrast": float(model.contrast), "spread": float(self.covariance.diagonal().sum().sqrt()),
+        }  # fmt: skip
+
+    def _objective(self, residual: Tensor, z: Tensor, precision: Tensor) -> Tensor:
+        off = z.double() - self.mean
+        return residual / (2 * self.noise_std**2) + ((off @ precision) * off).sum(1).float() / 2
+
+    def _expectation(self, pixels: float, residual: float) -> Tensor:
+        """Posterior means and error bars on the stored normal equations; updates μ, Σ, σ unless they are given."""
+        n, p = self.latents.shape
+        precision = self.covariance.inverse()
+        means = torch.empty_like(self.latents)
+        total, trace = torch.zeros_like(self.covariance), 0.0
+        for start in range(0, n, 256):
+            rows = slice(start, start + 256)
+            hessian = self.hessian[rows].double() / self.noise_std**2
+            factor = torch.linalg.cholesky(hessian + precision)
+            covariance = torch.cholesky_inverse(factor)
+            right = self.right[rows].double() / self.noise_std**2 + precision @ self.mean
+            damped = self.damping[rows].double()
+            if damped.any():
+                ridge = damped[:, None, None] * torch.eye(p, device=right.device, dtype=right.dtype)
+                right = right + damped[:, None] * self.latents[rows].double()
+                z = torch.linalg.solve(hessian + precision + ridge, right)
+            else:
+                z = (covariance @ right.unsqueeze(-1)).squeeze(-1)
+            means[rows] = z.float()
+            self.std[rows] = covariance.diagonal(dim1=1, dim2=2).sqrt().float()
+            total += covariance.sum(0)
+            trace += float((covariance * hessian).sum())
+        if not self.fixed:
+            self.mean = means.double().mean(0)
+            off = means.double() - self.mean
+            scatter = off.T @ off + total
+            self.covariance = shrink_covariance(scatter, n, self.model.dynamics)
+            self.noise_std = float(np.sqrt((residual + trace * self.noise_std**2) / (n * pixels)))
+        return means
+
+    def _state(self) -> dict:
+        names = ("proposal", "latents", "std", "residual", "damping", "mean", "covariance")
+        return {name: getattr(self, name) for name in names}
+
+    def _save(self, history: list) -> None:
+        if self.checkpoint is not None:
+            meta = {"noise_std": self.noise_std, "contrast": float(self.model.contrast), "history": history,
+                    "structure_hash": self.model.structure.content_hash}  # fmt: skip
+            save_tensors(self.checkpoint, self._state(), {"kind": "refinement checkpoint", **meta})
+
+    def _resume(self) -> list:
+        """Take up a run that was cut, if its checkpoint exists; returns the passes already done."""
+        if self.checkpoint is None or not Path(self.checkpoint).exists():
+            return []
+        tensors, meta = load_tensors(self.checkpoint, "refinement checkpoint")
+        same_shape = tensors["latents"].shape == self.latents.shape
+        if meta["structure_hash"] != self.model.structure.content_hash or not same_shape:
+            raise ValueError(
+                f"expected a checkpoint of {self.model.structure!r} and these {len(self.latents)} particles, "
+                f"got another run's in {self.checkpoint}; try another checkpoint path"
+            )
+        for name, value in tensors.items():
+            setattr(self, name, value.to(self.model.device))
+        self.noise_std = meta["noise_std"]
+        self.model.contrast.fill_(meta["contrast"])
+        return meta["history"]
+
+
+def _check(model: CryoChains, particles: ParticleStack, population: Population | None) -> None:
+    imaging = model.imaging
+    if particles.box_size != imaging.box_size or abs(particles.pixel_size - imaging.pixel_size) > 1e-3:
+        raise ValueError(
+            f"expected particles of {imaging.box_size} px × {imaging.pixel_size:g} Å, got {particles.box_size} px × "
+            f"{particles.pixel_size:g} Å; try CryoChains.for_particles"
+        )
+    if population is not None and population.structure_hash != model.structure.content_hash:
+        raise ValueError(f"expected a population of {model.structure!r}, got one of another molecule")

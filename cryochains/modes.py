@@ -1,0 +1,247 @@
+"""Normal modes of the anisotropic network model (Appendix A of the paper), body by body.
+
+Symbols of the paper: U_k → `Modes.vectors`, λ_k → `Modes.eigenvalues`, K → `n_modes`, the Hessian H = Σ over
+pairs of nodes nearer than `cutoff` of the spring between them, all springs alike (Atilgan et al. 2001,
+Biophys. J. 80, 505; spring constant 1). The six rigid motions are taken out: dynamics has its own.
+``compute_modes(structure.as_one_body(), 100)`` gives modes of the whole assembly.
+"""
+
+import hashlib
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.linalg import eigh, orth
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator, eigsh, splu
+from scipy.spatial import cKDTree
+
+from .files import atomic_path
+from .sources import cache_folder
+from .structure import Structure
+
+_ZERO = 1e-6  # eigenvalues below are motions without resistance; the softest real modes are near 1e-3
+_WIDEST = 25.0  # Å, where the search for a cutoff that holds the network together ends
+_VERSION = 1  # part of the cache's keys: raise it when the numbers change
+
+
+@dataclass(frozen=True, eq=False)
+class Modes:
+    """Normal modes of every body of a structure.
+
+    Attributes
+    ----------
+    vectors
+        Per body (K, n_nodes, 3): orthonormal over the body's nodes, free of rigid motion, softest first.
+    eigenvalues
+        Per body (K,), ascending and positive; the variance of a mode's weight goes as the inverse.
+    chain_ids
+        Names of the bodies.
+    structure_hash
+        `Structure.content_hash` of the structure they belong to.
+    """
+
+    vectors: tuple[np.ndarray, ...]
+    eigenvalues: tuple[np.ndarray, ...]
+    chain_ids: tuple[str, ...]
+    structure_hash: str
+
+    @property
+    def n_modes(self) -> tuple[int, ...]:
+        """Number of modes of every body."""
+        return tuple(len(values) for values in self.eigenvalues)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{chain}: {k}" for chain, k in zip(self.chain_ids, self.n_modes, strict=True))
+        return f"Modes({parts})"
+
+
+def compute_modes(
+    structure: Structure,
+    n_modes: int | Sequence[int] = 50,
+    cutoff: float = 15.0,
+    cache: bool = True,
+    sparse_above: int = 500,
+) -> Modes:
+    """The softest modes of every body, each a network of its own.
+
+    Parameters
+    ----------
+    structure
+        Its nodes carry the network.
+    n_modes
+        How many modes, for all bodies alike or one number a body.
+    cutoff
+        Å, reach of the springs. Widened, with a warning, up to 25 Å for a body that would fall into pieces or
+        have parts that swing freely.
+    cache
+        Keep the modes on disk by content and take them from there.
+    sparse_above
+        Bodies of more nodes never see a dense (3n, 3n) matrix; sparse is the faster way from about there.
+
+    Returns
+    -------
+    Modes
+
+    Raises
+    ------
+    ValueError
+        When a body of n nodes is asked for more than 3n − 6 modes, or is in pieces even at 25 Å.
+
+    Examples
+    --------
+    >>> from cryochains import compute_modes, load_structure
+    >>> compute_modes(load_structure("glua3-open"), n_modes=5)
+    Modes(A: 5, B: 5)
+    """
+    wanted = list(n_modes) if np.iterable(n_modes) else [n_modes] * structure.n_chains
+    whole = all(isinstance(k, (int, np.integer)) and k >= 0 for k in wanted)
+    if len(wanted) != structure.n_chains or not whole:
+        raise ValueError(
+            f"expected a number of modes for each of {structure.n_chains} chains, got {n_modes!r}; try 50"
+        )
+    if not cutoff > 0:
+        raise ValueError(f"expected a cutoff above 0 Å, got {cutoff}; try 15")
+    vectors, eigenvalues = [], []
+    for c, (chain, k) in enumerate(zip(structure.chain_ids, wanted, strict=True)):
+        coords = structure.node_coords[structure.node_chain == c]
+        most = max(3 * len(coords) - 6, 0)
+        if k > most:
+            raise ValueError(
+                f"expected at most {most} modes for the {len(coords)} nodes of chain {chain}, got {k}"
+            )
+        solved = (
+            _cached(coords, k, cutoff, sparse_above) if cache else _solve(coords, k, cutoff, sparse_above)
+        )
+        used = float(solved["cutoff"])
+        if used > cutoff:
+            name = chain if len(chain) < 20 else f"{chain[:16]}…"
+            message = (
+                f"the network of chain {name} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
+            )
+            warnings.warn(message, stacklevel=2)
+        vectors.append(solved["vectors"])
+        eigenvalues.append(solved["eigenvalues"])
+    return Modes(tuple(vectors), tuple(eigenvalues), structure.chain_ids, structure.content_hash)
+
+
+def _cached(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict[str, np.ndarray]:
+    key = hashlib.sha256(np.ascontiguousarray(coords, dtype="<f8").tobytes())
+    key.update(f"{_VERSION} {k} {float(cutoff)!r} {len(coords) > sparse_above}".encode())
+    path = cache_folder() / "modes" / f"{key.hexdigest()[:32]}.npz"
+    expected = {"vectors": (k, len(coords), 3), "eigenvalues": (k,), "cutoff": ()}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            solved = {name: stored[name] for name in expected}
+        if all(
+            solved[name].shape == shape and np.isfinite(solved[name]).all()
+            for name, shape in expected.items()
+        ):
+            return solved
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        pass  # absent or damaged: the modes are computed again
+    solved = _solve(coords, k, cutoff, sparse_above)
+    try:
+        with atomic_path(path) as part, part.open("wb") as stream:
+            np.savez(stream, **solved)
+    except (OSError, ValueError):
+        pass  # a cache that cannot be written costs time, nothing else
+    return solved
+
+
+def _solve(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict[str, np.ndarray]:
+    """Modes at the cutoff, or at the first wider one that leaves no motion without resistance."""
+    n = len(coords)
+    if k == 0:
+        return {"vectors": np.zeros((0, n, 3)), "eigenvalues": np.zeros(0), "cutoff": np.array(cutoff)}
+    nearest = cKDTree(coords).query(coords, k=2)[0][:, 1].min()
+    if nearest < 1e-3:
+        raise ValueError(
+            "expected every node at a place of its own, got two at one; try the file for doubled chains"
+        )
+    rigid = _rigid_motions(coords)
+    reach = cutoff
+    while True:
+        pairs = cKDTree(coords).query_pairs(reach, output_type="ndarray")
+        graph = sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(n, n))
+        if connected_components(graph, directed=False)[0] == 1:
+            solver = _soft_sparse if n > sparse_above else _soft_dense
+            eigenvalues, vectors = solver(_hessian(coords, pairs), rigid, k)
+            if eigenvalues[0] > _ZERO:
+                break
+        if reach >= _WIDEST:
+            raise ValueError(
+                f"expected nodes that hold together, got a network of {n} nodes in pieces even at {reach} Å; "
+                "try fewer chains or residues in one body"
+            )
+        reach = min(reach + 2.5, _WIDEST)
+    # The sign of an eigenvector is arbitrary; fixed, results can be compared between runs and machines.
+    largest = np.abs(vectors).argmax(0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(k)])
+    return {
+        "vectors": vectors.T.reshape(k, n, 3),
+        "eigenvalues": eigenvalues,
+        "cutoff": np.array(float(reach)),
+    }
+
+
+def _hessian(coords: np.ndarray, pairs: np.ndarray) -> sparse.csc_matrix:
+    """(3n, 3n) second derivatives of Σ ½ (distance − rest)² over `pairs`, at rest."""
+    n = len(coords)
+    i, j = pairs.T
+    direction = coords[j] - coords[i]
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    blocks = direction[:, :, None] * direction[:, None, :]
+    diagonal = np.zeros((n, 3, 3))
+    np.add.at(diagonal, i, blocks)
+    np.add.at(diagonal, j, blocks)
+    rows = np.concatenate([i, j, np.arange(n)])
+    columns = np.concatenate([j, i, np.arange(n)])
+    values = np.concatenate([-blocks, -blocks, diagonal])
+    at = np.broadcast_to
+    row = at(3 * rows[:, None, None] + np.arange(3)[:, None], values.shape)
+    column = at(3 * columns[:, None, None] + np.arange(3), values.shape)
+    return sparse.csc_matrix((values.ravel(), (row.ravel(), column.ravel())), shape=(3 * n, 3 * n))
+
+
+def _rigid_motions(coords: np.ndarray) -> np.ndarray:
+    """(3n, 6 or fewer) orthonormal basis of the translations and infinitesimal rotations."""
+    offsets = coords - coords.mean(0)
+    axes = np.eye(3)
+    shifts = np.tile(axes, (len(coords), 1))
+    turns = np.stack([np.cross(axis, offsets).ravel() for axis in axes], 1)
+    return orth(np.concatenate([shifts, turns], 1))
+
+
+def _soft_dense(hessian: sparse.csc_matrix, rigid: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    dense = hessian.toarray()
+    # Rigid motions are lifted above every mode: what is left is orthogonal to them to rounding.
+    dense += np.abs(dense).sum(0).max() * (rigid @ rigid.T)
+    return eigh(dense, subset_by_index=(0, k - 1), overwrite_a=True, check_finite=False)
+
+
+def _soft_sparse(hessian: sparse.csc_matrix, rigid: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shift-invert Lanczos in the space without rigid motions."""
+    size = hessian.shape[0]
+    shift = 1e-3  # makes the matrix definite; well below the stiffness of springs, near the softest modes
+    factor = splu(
+        (hessian + shift * sparse.identity(size, format="csc")).tocsc(),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        options={"SymmetricMode": True},
+    )
+
+    def without_rigid(x):
+        return x - rigid @ (rigid.T @ x)
+
+    inverse = LinearOperator(
+        (size, size), matvec=lambda x: without_rigid(factor.solve(without_rigid(x.ravel())))
+    )
+    start = without_rigid(np.random.default_rng(0).standard_normal(size))
+    inverted, vectors = eigsh(inverse, k=k, which="LA", v0=start)
+    order = np.argsort(-inverted)
+    return 1 / inverted[order] - shift, vectors[:, order]

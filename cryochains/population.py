@@ -1,0 +1,71 @@
+"""What all particles share: the distribution of their latents, the noise, and the brightness of the images.
+
+Symbols: μ → `mean`, Σ → `covariance`, σ → `noise_std`; λ, the modes' eigenvalues, set the elastic prior.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dynamics import KINDS, Dynamics
+from .files import load_tensors, save_tensors
+
+# Spread a chain is thought to have before any image was seen: RMS Å of bending, of turning and of shifting.
+START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """What all particles share: the distribution of their latents, the noise, and the brightness of the images.
+
+    mean (p,) and covariance (p, p) in latent units (1 unit ≈ 1 Å), float64; noise_std; contrast.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    noise_std: float
+    contrast: float
+    structure_hash: str
+
+    def save(self, path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        meta = {"noise_std": self.noise_std, "contrast": self.contrast, "structure_hash": self.structure_hash}
+        save_tensors(path, {"mean": self.mean, "covariance": self.covariance}, {"kind": "population", **meta})
+
+    @classmethod
+    def load(cls, path) -> "Population":
+        tensors, meta = load_tensors(path, "population")
+        return cls(**tensors, **{k: meta[k] for k in ("noise_std", "contrast", "structure_hash")})
+
+    def __repr__(self) -> str:
+        spread = float(self.covariance.diagonal().sum().sqrt())
+        return f"Population({len(self.mean)} latents, spread {spread:.2f} Å, noise {self.noise_std:.3g})"
+
+
+def elastic_variance(dynamics: Dynamics) -> Tensor:
+    """(p,) variance in Å² of each latent before any image was seen: 1/λ for modes, flat for rigid motion."""
+    variance = np.ones(dynamics.n_latents)
+    for chain, layout in enumerate(dynamics.chains):
+        if dynamics.modes is not None:
+            softness = 1 / dynamics.modes.eigenvalues[chain]
+            variance[layout.mode] = START_SPREAD["mode"] ** 2 * softness / softness.sum()
+        for kind in ("rotation", "translation"):
+            variance[getattr(layout, kind)] = START_SPREAD[kind] ** 2 / 3
+    return torch.from_numpy(variance)
+
+
+def shrink_covariance(scatter: Tensor, n: int, dynamics: Dynamics) -> Tensor:
+    """(p, p) covariance from a (p, p) `scatter` matrix summed over `n` particles, shrunk towards the elastic prior.
+
+    The inverse-Wishart maximum a posteriori with p prior degrees of freedom. The prior's amplitude, one a kind of
+    latent, is that of the particles themselves: only its shape (soft modes move more, latents are independent) counts.
+    """
+    target = elastic_variance(dynamics).to(scatter.device)
+    for kind in KINDS:
+        of_kind = torch.from_numpy(dynamics.latent_kind == kind).to(scatter.device)
+        if of_kind.any():
+            target[of_kind] *= (scatter.diagonal()[of_kind] / n).sum() / target[of_kind].sum()
+    p = len(scatter)
+    return (scatter + p * target.diag()) / (n + p)

@@ -1,0 +1,56 @@
+"""What several test files need: the embedded pair of conformations and the folder of larger structures."""
+
+import os
+from pathlib import Path
+
+import prody
+import pytest
+import torch
+
+from cryochains.matching import match_structures, superpose
+from cryochains.structure import Structure, load_structure
+
+# One number of threads everywhere: sums, and so results, then do not depend on the machine's cores.
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of thousands of tiny operations, where threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pair() -> tuple[Structure, Structure]:
+    closed, opened = match_structures(load_structure("glua3-closed"), load_structure("glua3-open"))
+    return closed, superpose(opened, closed)
+
+
+@pytest.fixture(scope="session")
+def closed(pair) -> Structure:
+    """The closed GluA3 dimer, Cα of the 731 common residues."""
+    return pair[0]
+
+
+@pytest.fixture(scope="session")
+def opened(pair) -> Structure:
+    """The open GluA3 dimer, the same residues, superposed on `closed`."""
+    return pair[1]
+
+
+@pytest.fixture(scope="session")
+def structures_dir() -> Path:
+    """Folder with 6UO8 and 6UOA as mmCIF and 2CG9 as PDB files, named by CRYOCHAINS_STRUCTURES."""
+    folder = os.environ.get("CRYOCHAINS_STRUCTURES")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("CRYOCHAINS_STRUCTURES names no folder of structures")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def prody_files() -> Path:
+    """Folder of real entries that come with ProDy's own tests."""
+    return Path(prody.__file__).parent / "tests" / "datafiles"

@@ -1,0 +1,209 @@
+"""The linearised likelihood: against forward-mode derivatives of the rendered image, pixel by pixel."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.func import jacfwd
+
+import cryochains.imaging
+import cryochains.likelihood
+from cryochains.imaging import CTF, filter_images, gaussian_transfer, pixel_grid, random_rotations
+from cryochains.likelihood import independent_pixels, normal_equations
+from cryochains.model import CryoChains
+from cryochains.structure import load_structure
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BOX, PIXEL, N = 36, 4.0, 3
+BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Atoms wide enough that nothing is left at the Nyquist frequency, where an image and its transform differ.
+    structure = load_structure("glua3-closed", bodies=BODIES)
+    model = CryoChains(structure, box_size=BOX, pixel_size=PIXEL, sigma=6.5, modes=(3, 2), width=0.05)
+    model.contrast.fill_(1.7)
+    return model
+
+
+@pytest.fixture(scope="module")
+def latents(model):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N, model.dynamics.n_latents, generator=generator, dtype=torch.float64)
+
+
+def make_pose(shifts=True, ctf=True):
+    one = torch.ones(N, dtype=torch.float64)
+    angle = torch.tensor([0.3, 1.1, -0.5], dtype=torch.float64)
+    optics = CTF(1.6e4 * one, 1.5e4 * one, angle, 0 * one, 300 * one, 2.7 * one, 0.1 * one)
+    return (
+        random_rotations(N, 1).double(),
+        torch.tensor([[2.0, -3.0], [0.0, 1.0], [5.0, 4.0]], dtype=torch.float64) if shifts else None,
+        optics.evaluate(BOX, PIXEL).double() if ctf else None,
+    )
+
+
+def plain_project(coords, weights, box_size, pixel_size, sigma):
+    """The projection as one formula, which every kind of derivative passes through."""
+    grid = pixel_grid(box_size, pixel_size, coords)
+    gx, gy = (torch.exp(-((grid - coords[..., axis].unsqueeze(-1)) ** 2) / (2 * sigma**2)) for axis in (0, 1))
+    return torch.einsum("n,bny,bnx->byx", weights.to(coords.dtype), gy, gx) / (2 * math.pi * sigma**2)
+
+
+def seen(images, blur):
+    """What is compared: blurred, without each image's mean."""
+    images = filter_images(images, gaussian_transfer(BOX, PIXEL, blur).double()) if blur else images
+    return images - images.mean(dim=(-2, -1), keepdim=True)
+
+
+def data(seed=3):
+    return 1e-2 * torch.randn(N, BOX, BOX, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+@pytest.mark.parametrize("ctf", [True, False])
+@pytest.mark.parametrize("blur", [0.0, 6.0])
+def test_normal_equations_are_those_of_forward_mode_derivatives(model, latents, monkeypatch, shifts, ctf, blur):
+    pose = make_pose(shifts, ctf)
+    images = model.render(latents, *pose).detach() + data()
+    found = normal_equations(model, images, pose, latents, blur)
+
+    monkeypatch.setattr(cryochains.imaging, "project", plain_project)
+    for row in range(N):
+        of_row = [None if part is None else part[row : row + 1] for part in pose]
+
+        def image(z, of_row=of_row):
+            return seen(model.render(z[None], *of_row)[0], blur).flatten()
+
+        j = jacfwd(image)(latents[row]).detach()
+        f, y = image(latents[row]).detach(), seen(images[row], blur).flatten()
+        expected = {
+            "hessian": j.T @ j,
+            "gradient": j.T @ (y - f),
+            "residual": (y - f) @ (y - f),
+            "overlap": y @ f,
+            "power": f @ f,
+        }
+        for name, value in expected.items():
+            difference = (getattr(found, name)[row] - value).abs().max() / value.abs().max()
+            assert difference < 2e-5, (name, float(difference))
+
+
+def test_float32_is_close_to_float64(model, latents):
+    pose = make_pose()
+    images = model.render(latents, *pose).detach() + data()
+    exact = normal_equations(model, images, pose, latents)
+    single = normal_equations(model, images.float(), tuple(part.float() for part in pose), latents.float())
+    for name in ("hessian", "gradient", "residual", "overlap", "power"):
+        found, expected = getattr(single, name), getattr(exact, name)
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() / expected.abs().max() < 1e-4, name
+
+
+def test_gradient_is_that_of_the_squared_error(model, latents):
+    """Half of ‖y − f‖², by finite differences: its derivative is −g."""
+    pose = make_pose()
+    images = model.render(latents, *pose).detach() + data()
+    found = normal_equations(model, images, pose, latents)
+    step = 1e-4
+    for k in (0, 4, 9, latents.shape[1] - 1):
+        ahead, behind = latents.clone(), latents.clone()
+        ahead[:, k] += step
+        behind[:, k] -= step
+        difference = (
+            normal_equations(model, images, pose, ahead).residual
+            - normal_equations(model, images, pose, behind).residual
+        )
+        torch.testing.assert_close(found.gradient[:, k], -difference / (4 * step), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("blur", [0.0, 5.0])
+def test_without_images_only_the_information_is_left(model, latents, blur):
+    pose = make_pose()
+    found = normal_equations(model, None, pose, latents, blur)
+    with_images = normal_equations(model, data(), pose, latents, blur)
+    assert found.gradient.abs().max() == 0 and found.residual.abs().max() == 0
+    torch.testing.assert_close(found.overlap, found.power)
+    torch.testing.assert_close(found.hessian, with_images.hessian)
+
+
+def test_only_shifts_along_the_line_of_sight_are_hidden(model, latents):
+    pose = make_pose()
+    hessian = normal_equations(model, None, pose, latents).hessian
+    torch.testing.assert_close(hessian, hessian.mT)
+    values = torch.linalg.eigvalsh(hessian)
+    assert (values[:, :2] < 1e-9 * values[:, -1:]).all(), "one for each chain"
+    assert (values[:, 2:] > 1e-4 * values[:, -1:]).all()
+    for layout in model.dynamics.chains:
+        hidden = torch.zeros_like(latents)
+        hidden[:, layout.translation] = pose[0][:, 2]
+        assert (hessian @ hidden.unsqueeze(-1)).abs().max() < 1e-7 * values.max()
+
+
+def test_blur_takes_information_away(model, latents):
+    pose = make_pose(ctf=False)
+    information = [
+        normal_equations(model, None, pose, latents, blur).hessian.diagonal(dim1=1, dim2=2).sum()
+        for blur in (0.0, 2.0, 4.0, 8.0)
+    ]
+    assert all(more > less for more, less in zip(information[:-1], information[1:], strict=True))
+
+
+def test_a_background_changes_nothing(model, latents):
+    pose = make_pose()
+    plain, raised = (normal_equations(model, data() + level, pose, latents) for level in (0.0, 5.0))
+    for name in ("gradient", "residual", "overlap"):
+        torch.testing.assert_close(getattr(plain, name), getattr(raised, name), rtol=1e-6, atol=1e-9)
+
+
+def test_contrast_scales_the_model_and_not_the_data(model, latents):
+    pose = make_pose()
+    before = normal_equations(model, data(), pose, latents)
+    model.contrast.mul_(2)
+    after = normal_equations(model, data(), pose, latents)
+    model.contrast.div_(2)
+    torch.testing.assert_close(after.hessian, 4 * before.hessian)
+    torch.testing.assert_close(after.power, 4 * before.power)
+    torch.testing.assert_close(after.overlap, 2 * before.overlap)
+
+
+def test_blocks_of_particles_change_nothing(model, latents, monkeypatch):
+    pose = make_pose()
+    whole = normal_equations(model, data(), pose, latents)
+    monkeypatch.setattr(cryochains.likelihood, "BLOCK_BYTES", {"cpu": 1})
+    for name in ("hessian", "gradient", "residual", "overlap", "power"):
+        torch.testing.assert_close(getattr(normal_equations(model, data(), pose, latents), name), getattr(whole, name))
+
+
+def test_full_steps_find_a_noise_free_image(model, latents):
+    """Gauss–Newton from nearby, whatever the pose and CTF."""
+    pose = make_pose()
+    images = model.render(latents, *pose).detach()
+    z = latents + 0.2 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    residuals = []
+    for _ in range(6):
+        equations = normal_equations(model, images, pose, z)
+        residuals.append(float((equations.residual / equations.power).max()))
+        inverse = torch.linalg.pinv(equations.hessian, rtol=1e-6, hermitian=True)
+        z = z + (inverse @ equations.gradient.unsqueeze(-1)).squeeze(-1)
+    assert residuals[0] > 1e-4 and residuals[-1] < 1e-9, residuals
+
+
+@pytest.mark.parametrize("blur", [0.0, 4.0, 10.0])
+def test_independent_pixels_turn_squares_into_a_variance(model, latents, blur):
+    """White noise, filtered and squared: on average its variance times this number."""
+    noise_std = 3.0
+    noise = noise_std * torch.randn(400, BOX, BOX, generator=torch.Generator().manual_seed(0))
+    seen_noise = seen(noise.double(), blur)
+    measured = float(seen_noise.square().sum((1, 2)).mean()) / independent_pixels(model, blur)
+    assert math.sqrt(measured) == pytest.approx(noise_std, rel=0.01)
+    pose = tuple(part[:1].float().expand(400, *part.shape[1:]) for part in make_pose())
+    z = latents[:1].float().expand(400, -1)
+    images = model.render(z, *pose).detach() + noise
+    residual = normal_equations(model, images, pose, z, blur).residual
+    assert np.sqrt(float(residual.mean()) / independent_pixels(model, blur)) == pytest.approx(noise_std, rel=0.01)
+    if not blur:
+        assert independent_pixels(model) == BOX**2 - 1
