@@ -245,6 +245,41 @@ class Dynamics(nn.Module):
                 break
         return latents.float()
 
+    def relative_to(self, latents: Tensor, chain: str) -> Tensor:
+        """(n, p) latents of the same conformations seen from one chain, whose turn and shift become zero.
+
+        A rotation or shift that all chains share is a pose change and not a conformation: this takes it out.
+
+        Raises
+        ------
+        ValueError
+            For an unknown chain, or when chains do not both turn and shift in this model.
+
+        Examples
+        --------
+        >>> from cryochains import load_structure
+        >>> dynamics = Dynamics(load_structure("glua3-closed"))
+        >>> from_a = dynamics.relative_to(torch.randn(5, 12), "A")
+        >>> bool(from_a[:, :6].abs().max() < 1e-4)
+        True
+        """
+        ids = self.structure.chain_ids
+        if chain not in ids:
+            raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}")
+        if not (self.rotation and self.translation):
+            raise ValueError("expected a model whose chains turn and shift, got one with either switched off")
+        base = self.chains[ids.index(chain)]
+        center = self.centers[ids.index(chain)]
+        back = roma.rotvec_to_rotmat(self.rotvecs(latents, ids.index(chain))).transpose(1, 2)
+        moved = latents.clone()
+        for number, layout in enumerate(self.chains):
+            turn = back @ roma.rotvec_to_rotmat(self.rotvecs(latents, number))
+            offset = self.centers[number] - center
+            shift = offset + latents[:, layout.translation] - latents[:, base.translation]
+            moved[:, layout.rotation] = roma.rotmat_to_rotvec(turn) / self.scale_tensor[layout.rotation]
+            moved[:, layout.translation] = (back @ shift.unsqueeze(-1)).squeeze(-1) - offset
+        return moved
+
     def to_physical(self, latents: Tensor) -> Tensor:
         """(…, p) latents in physical units: α in Å (Eq. 1), rotation vectors in radians, translations in Å."""
         return latents * self.scale_tensor.to(latents)

@@ -29,7 +29,7 @@ from .population import Population, elastic_variance, shrink_covariance
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
 BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
 # Passes at the last blur go on, up to so many, while particles still move by more than this (RMS Å).
-MAX_EXTRA_PASSES, STILL = 4, 0.05
+MAX_EXTRA_PASSES, STILL = 4, 0.1
 # EM on the stored normal equations: few steps while they will be made anew, more at the end; stop at a change in Å.
 EM_STEPS, LAST_EM_STEPS, EM_TOLERANCE = 10, 40, 3e-3
 # The brightness is measured where a misplaced atom does not lower it.

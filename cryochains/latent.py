@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .dynamics import KINDS, Dynamics
 from .files import atomic_path
+from .sources import write_pdb
 
 # What people ask for: Fig. 3's two panels a chain, or everything.
 KIND_GROUPS = {"modes": ("mode",), "rigid": ("rotation", "translation"), "all": KINDS}
@@ -52,7 +53,7 @@ def latent_table(dynamics: Dynamics, latents: Tensor, ids=None, std: Tensor | No
 
 @dataclass(frozen=True, eq=False)
 class PrincipalMotions:
-    """Principal components of the latents, in Å: a score of 1 moves the molecule by about 1 Å along the component.
+    """Principal components of the latents, in Å: scores are RMS displacements, in quadrature over the chains.
 
     mean (p,), components (k, p) with zeros outside the selection, explained_variance_ratio (k,), scores (N, k),
     label such as "chain B, rigid".
@@ -171,11 +172,11 @@ def save_ensemble(path, dynamics: Dynamics, latents: Tensor) -> Path:
     if path.suffix not in (".pdb", ".dcd"):
         raise ValueError(f"expected a path that ends in .pdb or .dcd, got {path.name}")
     ensemble = decode_ensemble(dynamics, latents)
-    with atomic_path(path) as part:
-        if path.suffix == ".dcd":
+    if path.suffix == ".dcd":
+        with atomic_path(path) as part:
             prody.writeDCD(str(part), ensemble)
-        else:
-            models = ensemble.getAtoms().copy()
-            models.setCoords(ensemble.getCoordsets())
-            prody.writePDB(str(part), models)
+    else:
+        models = ensemble.getAtoms().copy()
+        models.setCoords(ensemble.getCoordsets())
+        write_pdb(models, dynamics.structure.name, path)
     return path

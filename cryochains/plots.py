@@ -72,7 +72,7 @@ def plot_refinement(history) -> Figure:
     for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
         axis.plot(passes, [record[key] for record in history], color=COLORS[0], marker="o")
         axis.set(xlabel="pass (blur in Å)", ylabel=label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(record[key] for record in history))
         axis.set_xticks(passes, [f"{k}\n{record['blur']:g}" for k, record in zip(passes, history, strict=True)])
     return figure
 
@@ -152,7 +152,7 @@ def plot_conformations(
 def plot_residue_motion(dynamics: Dynamics, latents: torch.Tensor, title: str = "") -> Figure:
     """How far each residue moves, from the first of the conformations at (m, p) `latents` to each; a panel a chain."""
     structure = dynamics.structure
-    coords = dynamics.decode(latents).detach().cpu().numpy()
+    coords = dynamics.decode(latents.to(dynamics.reference.device)).detach().cpu().numpy()
     moved = np.linalg.norm(coords - coords[0], axis=-1)
     figure, axes = _figure(1, structure.n_chains, 4.5 * structure.n_chains, 3.2)
     for chain, axis in enumerate(axes[0]):

@@ -10,17 +10,9 @@ import torch
 from cryochains.matching import match_structures, superpose
 from cryochains.structure import Structure, load_structure
 
-# One number of threads everywhere: sums, and so results, then do not depend on the machine's cores.
-torch.set_num_threads(2)
-
-
-@pytest.fixture
-def one_thread():
-    """For tests of thousands of tiny operations, where threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# One number of threads everywhere: sums, and so results, then do not depend on the machine's cores. And one thread:
+# where another program holds a core, two threads wait for each other in each of thousands of tiny operations.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,7 @@ def drawn(pixels: np.ndarray) -> float:
 
 
 def test_quickstart_in_jupyterlab(page, notebook):
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()  # the kernel has started
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     readout = page.locator(".jp-OutputArea .widget-readout").last

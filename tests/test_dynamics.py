@@ -15,8 +15,6 @@ from cryochains.imaging import Imaging, random_rotations
 from cryochains.modes import compute_modes
 from cryochains.structure import load_structure
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
 SWITCHES = [s for s in itertools.product((True, False), repeat=3) if any(s)]
 

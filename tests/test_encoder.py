@@ -8,8 +8,6 @@ from cryochains.dynamics import Dynamics
 from cryochains.encoder import Encoder
 from cryochains.modes import compute_modes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def dynamics(closed):

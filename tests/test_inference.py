@@ -9,18 +9,12 @@ import torch
 
 import cryochains.inference
 from cryochains.dynamics import Dynamics
-from cryochains.inference import (
-    START_SPREAD,
-    Population,
-    Refinement,
-    elastic_covariance,
-    posterior_covariance,
-    refine,
-)
+from cryochains.inference import Refinement, posterior_covariance, refine
 from cryochains.metrics import information_limit, rmsd, score_motion
 from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
 from cryochains.particles import ParticleStack
+from cryochains.population import Population, elastic_variance
 from cryochains.simulation import simulate_particles
 
 BLURS = (6.0, 3.0, 0.0, 0.0)
@@ -35,7 +29,7 @@ def small(closed):
     """70 particles of moderate noise whose chains shift, turn and bend; 32 px."""
     dynamics = Dynamics(closed, compute_modes(closed, 2))
     generator = torch.Generator().manual_seed(0)
-    latents = elastic_covariance(dynamics).sqrt() * torch.randn(70, dynamics.n_latents, generator=generator)
+    latents = elastic_variance(dynamics).sqrt() * torch.randn(70, dynamics.n_latents, generator=generator)
     return simulate_particles(
         closed, 70, dynamics=dynamics, latents=latents, box_size=32, snr_db=3.0, shift_std=2.0, seed=2, progress=False
     )
@@ -68,7 +62,7 @@ def well_specified(closed):
     """Reference = truth, Gaussian latents, 64 px at 0 dB: nothing but noise is in the way."""
     n_train, n_test = 1000, 200
     dynamics = Dynamics(closed, compute_modes(closed, 10))
-    variance = 0.25 * elastic_covariance(dynamics)
+    variance = 0.25 * elastic_variance(dynamics)
     generator = torch.Generator().manual_seed(3)
     draws = torch.randn(n_train + n_test, dynamics.n_latents, generator=generator, dtype=torch.float64)
     particles = simulate_particles(
@@ -129,7 +123,9 @@ def test_population_is_found(well_specified):
 def test_finds_motion(closed, small, refined):
     scores = score_motion(make_model(closed, small).dynamics, refined.latents, small[:50])
     assert scores.explained_motion > 0.6
-    assert [step["blur"] for step in refined.history] == list(BLURS)
+    blurs = [step["blur"] for step in refined.history]
+    assert blurs[: len(BLURS)] == list(BLURS)
+    assert set(blurs[len(BLURS) :]) <= {BLURS[-1]}, "while particles still move, it goes on at the last blur"
     assert {"step", "noise_std", "contrast", "spread"} <= refined.history[0].keys()
     assert refined.history[-1]["step"] < 0.5 * refined.history[0]["step"]
 
@@ -178,20 +174,9 @@ def test_posterior_covariance_has_the_error_bars_on_its_diagonal(closed, small, 
     torch.testing.assert_close(found, found.mT)
     assert torch.linalg.eigvalsh(found).min() > 0
     # The error bars are those of the last linearisation, a small step away.
-    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2).sqrt().float(), refined.std[rows], rtol=0.05, atol=0)
-
-
-def test_elastic_prior(closed):
-    modes = compute_modes(closed, 4)
-    dynamics = Dynamics(closed, modes)
-    variance = elastic_covariance(dynamics)
-    for chain, layout in enumerate(dynamics.chains):
-        of_modes = variance[layout.mode].numpy()
-        # Softer modes vary more, as the inverse of the eigenvalue; together they bend the chain by START_SPREAD.
-        np.testing.assert_allclose(of_modes * modes.eigenvalues[chain], of_modes[0] * modes.eigenvalues[chain][0])
-        for kind in ("mode", "rotation", "translation"):
-            assert float(variance[getattr(dynamics.chains[chain], kind)].sum()) == pytest.approx(START_SPREAD[kind] ** 2)
-    assert len(elastic_covariance(Dynamics(closed))) == 12
+    ratio = found.diagonal(dim1=1, dim2=2).sqrt() / refined.std[rows]
+    assert float(ratio.median()) == pytest.approx(1.0, abs=0.01)
+    assert float((ratio - 1).abs().max()) < 0.3
 
 
 # Rows, batches, populations
@@ -219,15 +204,17 @@ def test_held_out_particles_are_scored_by_the_others_population(closed, small, r
     assert score_motion(model.dynamics, found.latents, held_out).explained_motion > 0.5
 
 
-def test_with_a_population_particles_do_not_see_each_other(closed, small, refined):
-    """Neither their number, their order nor the batches matter, and rows stay rows."""
+def test_rows_stay_rows(closed, small, refined):
     model = make_model(closed, small)
+    order = np.random.default_rng(0).permutation(70)
     whole = refine(model, small, refined.population, blurs=BLURS, progress=False)
-    order = [60, 3, 41, 0, 17]
-    some = refine(model, small[order], refined.population, blurs=BLURS, batch_size=2, progress=False)
-    torch.testing.assert_close(some.latents, whole.latents[order], rtol=0, atol=2e-3)
-    torch.testing.assert_close(some.std, whole.std[order], rtol=1e-2, atol=0)
-    assert some.ids.tolist() == small.ids[order].tolist()
+    mixed = refine(model, small[order], refined.population, blurs=BLURS, batch_size=9, progress=False)
+    assert mixed.ids.tolist() == small.ids[order].tolist()
+    torch.testing.assert_close(mixed.latents, whole.latents[order], rtol=0, atol=5e-3)
+    torch.testing.assert_close(mixed.std, whole.std[order], rtol=1e-2, atol=0)
+    # With a population given, particles do not see each other but in when to stop.
+    some = refine(model, small[order[:5]], refined.population, blurs=BLURS, progress=False)
+    torch.testing.assert_close(some.latents, whole.latents[order[:5]], rtol=0, atol=0.2)
 
 
 def test_population_from_some_of_the_particles(closed, small):
@@ -237,8 +224,7 @@ def test_population_from_some_of_the_particles(closed, small):
     assert found.ids.tolist() == small.ids.tolist() and len(found.latents) == 70
     assert (found.std > 0).all()
     alone = refine(model, small, found.population, blurs=BLURS, progress=False)
-    same = ((found.latents - alone.latents).abs() < 2e-3).all(1)
-    assert int(same.sum()) >= 40
+    assert (found.latents - alone.latents).abs().median() < 0.02
     scores = score_motion(model.dynamics, found.latents, small)
     assert scores.explained_motion > 0.5
 
@@ -334,17 +320,6 @@ def test_files_that_are_no_checkpoint(closed, small, refined, tmp_path):
 
 
 # Saved and read
-
-
-def test_population_round_trip(refined, tmp_path):
-    population = refined.population
-    population.save(tmp_path / "population.safetensors")
-    loaded = Population.load(tmp_path / "population.safetensors")
-    assert torch.equal(loaded.mean, population.mean) and torch.equal(loaded.covariance, population.covariance)
-    assert loaded.covariance.dtype == torch.float64
-    for name in ("noise_std", "contrast", "structure_hash"):
-        assert getattr(loaded, name) == getattr(population, name)
-    assert repr(loaded) == repr(population) and "Å" in repr(loaded)
 
 
 def test_refinement_round_trip(refined, tmp_path):

@@ -14,8 +14,6 @@ from cryochains.likelihood import independent_pixels, normal_equations
 from cryochains.model import CryoChains
 from cryochains.structure import load_structure
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BOX, PIXEL, N = 36, 4.0, 3
 BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
 
