@@ -151,10 +151,12 @@ def information_limit(
     before, limits = model.contrast.clone(), []
     model.contrast.fill_(population.contrast)
     for batch in particles.batches(64, device=model.device):
-        z = latents[batch.rows].to(model.device)
-        hessian = normal_equations(model, None, batch.pose, z).hessian.double() / population.noise_std**2
+        # In float32 the information of what is hidden, divided by little noise, would be far from zero.
+        z = latents[batch.rows].to(model.device).double()
+        pose = tuple(None if part is None else part.double() for part in batch.pose)
+        hessian = normal_equations(model, None, pose, z).hessian / population.noise_std**2
         covariance = (hessian + prior).inverse()
-        limits.append((covariance * model.dynamics.gram(z).double()).sum((1, 2)) / model.structure.n_atoms)
+        limits.append((covariance * model.dynamics.gram(z)).sum((1, 2)) / model.structure.n_atoms)
     model.contrast.copy_(before)
     return np.sqrt(torch.cat(limits).cpu().numpy() + floor**2)
 

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from .dynamics import Dynamics
 from .encoder import Encoder
-from .imaging import Imaging, check_fits_in_box
+from .imaging import Imaging, check_fits_in_box, filter_images, gaussian_transfer
 from .modes import Modes, compute_modes
 from .structure import Structure
+
+# Å. Where atoms are not at their reference places, sharp images would look dimmer than they are.
+CONTRAST_BLUR = 8.0
 
 
 class CryoChains(nn.Module):
@@ -118,11 +121,13 @@ class CryoChains(nn.Module):
             When the regression is negative: the images are protein-dark.
         """
         step = max(1, len(particles) // n)
+        low_pass = gaussian_transfer(self.imaging.box_size, self.imaging.pixel_size, CONTRAST_BLUR, self.device)
         along = power = 0.0
         for batch in particles[::step].batches(64, device=self.device):
-            model = self.imaging(self.dynamics.reference.expand(len(batch.rows), -1, -1), *batch.pose)
+            coords = self.dynamics.reference.expand(len(batch.rows), -1, -1)
+            model = self.imaging(coords, *batch.pose, blur=CONTRAST_BLUR)
             model = model - model.mean(dim=(-2, -1), keepdim=True)
-            along += float((batch.images * model).sum())
+            along += float((filter_images(batch.images, low_pass) * model).sum())
             power += float((model * model).sum())
         if along <= 0:
             raise ValueError(

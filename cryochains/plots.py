@@ -39,7 +39,7 @@ def plot_particles(model: CryoChains, particles: ParticleStack, latents: torch.T
     figure, axes = _figure(3, len(chosen), 1.6 * len(chosen), 5.2)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         limit = float(images.abs().quantile(0.999)) if name != "reconstruction" else float(images.abs().max())
-        for axis, image in zip(row, images.cpu(), strict=True):
+        for axis, image in zip(row, images.cpu().numpy(), strict=True):
             # Pixel row 0 is at negative y, as in the file.
             axis.imshow(image, cmap="gray", vmin=-limit, vmax=limit, origin="lower")
             axis.set(xticks=[], yticks=[])

@@ -11,6 +11,7 @@ from string import ascii_letters, digits
 import numpy as np
 import prody
 import torch
+from scipy.spatial.transform import Rotation
 
 from .latent import PrincipalMotions
 from .metrics import rmsd
@@ -52,38 +53,39 @@ def pdb_text(structure: Structure, coords: np.ndarray) -> tuple[str, list[str]]:
     atoms = structure.atoms.copy()
     atoms.setCoords(coords)
     atoms.setChids(np.array(letters)[structure.atom_chain])
-    stream = StringIO()
-    prody.writePDBStream(stream, atoms)
+    prody.writePDBStream(stream := StringIO(), atoms)
     return stream.getvalue(), letters
 
 
-def check_front_end(required: str = REQUIRED_FRONT_END, folders: list[str] | None = None) -> None:
-    """Say what to install when NGLView's JavaScript is not the one its Python asks for, instead of a blank cell.
+def facing(moved: np.ndarray) -> list[float]:
+    """Quaternion (x, y, z, w) that lays the main direction of displacements (n, 3) along the screen."""
+    directions = np.linalg.svd(moved, full_matrices=False)[2]
+    return Rotation.from_matrix(directions * np.linalg.det(directions)).as_quat().tolist()
 
-    Where none is found JupyterLab runs elsewhere, and nothing can be known."""
-    for folder in jupyter_path("labextensions") if folders is None else folders:
-        package = Path(folder, "nglview-js-widgets", "package.json")
-        if package.is_file():
-            found = json.loads(package.read_text())["version"]
-            if found != required:
-                raise ImportError(
-                    f"expected NGLView's front end {required}, which its Python asks for, got {found} in "
-                    f"{package.parent}, which would show a blank cell; try pip install nglview==4.0, restart "
-                    "JupyterLab and reload the page"
-                )
-            return
+
+def check_front_end() -> None:
+    """Say what to install when NGLView's JavaScript is not the one its Python asks for, instead of a blank cell."""
+    packages = [Path(folder, "nglview-js-widgets", "package.json") for folder in jupyter_path("labextensions")]
+    package = next(filter(Path.is_file, packages), None)  # None where JupyterLab runs elsewhere: nothing is known
+    found = REQUIRED_FRONT_END if package is None else json.loads(package.read_text())["version"]
+    if found != REQUIRED_FRONT_END:
+        raise ImportError(
+            f"expected NGLView's front end {REQUIRED_FRONT_END}, as its Python asks, got {found} in {package.parent}, "
+            "which shows a blank cell; try pip install nglview==4.0, restart JupyterLab and reload the page"
+        )
 
 
 class MotionSlider(ipywidgets.VBox):
     """NGLView over a slider along one component; made by `slide`. ``view``, ``slider`` and ``status`` are its parts."""
 
     def __init__(self, motions: PrincipalMotions, component: int, percentiles: tuple[float, float], n: int):
-        structure = motions.dynamics.structure
         self.scores, self.coords, self.rmsd = conformations(motions, component, percentiles, n)
-        self.title = f"PC{component + 1} of {motions.label}"
-        self.reference = structure.name
+        structure = motions.dynamics.structure
+        self.title, self.reference = f"PC{component + 1} of {motions.label}", structure.name
         spread = float(motions.scores[:, component].std()) or 1.0
-        places = [(f"{s:+.1f} Å, {s / spread:+.2f} SD", number) for number, s in enumerate(self.scores)]
+        # Zero is added so that nothing reads -0.0.
+        values = [(round(score, 1) + 0, round(score / spread, 1) + 0) for score in self.scores]
+        places = [(f"{score:+.1f} Å ({deviations:+.1f} SD)", i) for i, (score, deviations) in enumerate(values)]
         start = int(np.abs(self.scores).argmin())
 
         text, letters = pdb_text(structure, self.coords[start])
@@ -92,17 +94,18 @@ class MotionSlider(ipywidgets.VBox):
             self.view.add_representation("cartoon", f":{letter}", color=COLORS[body % len(COLORS)])
         self.view.add_representation("licorice", "not polymer")
         self.view.center()
+        self.view.control.rotate(facing(self.coords[-1] - self.coords[0]))
         # Without a size of its own the view is nothing high.
         self.view.layout.width, self.view.layout.height = "100%", "420px"
         # A view that has just drawn, or one opened anew, shows the text's conformation: send the slider's.
         self.view.on_msg(lambda _, message, __: message.get("type") == "request_repr_dict" and self.show())
 
         self.slider = ipywidgets.SelectionSlider(
-            options=places, value=start, description=f"PC{component + 1}", layout=ipywidgets.Layout(width="100%")
+            options=places, value=start, description=f"PC{component + 1}", readout=False, layout={"width": "100%"}
         )
         self.slider.observe(lambda _: self.show(), "value")
         self.status = ipywidgets.Label()
-        super().__init__([self.view, self.slider, self.status], layout=ipywidgets.Layout(width="720px"))
+        super().__init__([self.view, self.slider, self.status], layout={"width": "720px"})
         self.show()
 
     def show(self) -> None:
@@ -110,7 +113,8 @@ class MotionSlider(ipywidgets.VBox):
         try:
             number = self.slider.value
             self.view.set_coordinates({0: self.coords[number]})
-            self.status.value = f"{self.title}: RMSD to {self.reference} {self.rmsd[number]:.2f} Å"
+            distance = f"RMSD to {self.reference} {self.rmsd[number]:.2f} Å"
+            self.status.value = f"{self.title} at {self.slider.label}: {distance}"
         except Exception as error:
             self.status.value = f"This conformation could not be shown: {type(error).__name__}: {error}"
 
@@ -122,21 +126,14 @@ class MotionSlider(ipywidgets.VBox):
 def slide(
     motions: PrincipalMotions, component: int = 0, percentiles: tuple[float, float] = (5, 95), n: int = 21
 ) -> MotionSlider:
-    """A molecule that moves with a slider along a component, one colour a chain.
+    """A molecule that moves with a slider of `n` places along a component, between two percentiles of the particles.
 
-    Parameters
-    ----------
-    motions : PrincipalMotions
-        Of ``compute_pca``.
-    component, n : int
-        0 is PC1; positions of the slider.
-    percentiles : (low, high)
-        Ends of the slider, percentiles of the particles.
+    Component 0 is PC1; every chain has its colour.
 
     Raises
     ------
     ValueError
-        For a component that does not exist, or fewer than two positions.
+        For a component that does not exist, or fewer than two places.
     ImportError
         When NGLView's Python and JavaScript are not of one version.
 
@@ -144,9 +141,9 @@ def slide(
     --------
     >>> from cryochains import Dynamics, compute_pca, load_structure
     >>> dynamics = Dynamics(load_structure("glua3-closed"))
-    >>> motions = compute_pca(dynamics, torch.eye(12).repeat(2, 1), chain="B")
-    >>> slide(motions, n=5)
-    MotionSlider(PC1 of chain B, α and R|t: 5 conformations of 5,969 atoms, -0.2 to +0.8 Å)
+    >>> shifts = torch.eye(12)[11] * torch.arange(5)[:, None]
+    >>> slide(compute_pca(dynamics, shifts, chain="B", kind="rigid"), n=5)
+    MotionSlider(PC1 of chain B, rigid: 5 conformations of 5,995 atoms, -1.8 to +1.8 Å)
     """
     check_front_end()
     return MotionSlider(motions, component, percentiles, n)

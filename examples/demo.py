@@ -128,9 +128,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--box-size", type=int, default=64, help="pixels a side")
     parser.add_argument("--snr-db", type=float, default=0.0, help="10·log10(signal variance / noise variance)")
     parser.add_argument("--modes", type=int, default=20, help="normal modes a chain")
-    # A quarter of the paper's filters and three epochs: what two CPU cores do in about a minute.
+    # A quarter of the paper's filters and six epochs: what two CPU cores do in a minute.
     parser.add_argument("--width", type=float, default=0.25, help="of the encoder; 1 is the paper's")
-    parser.add_argument("--epochs", type=int, default=3, help="of the encoder")
+    parser.add_argument("--epochs", type=int, default=6, help="of the encoder")
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder for the results")
     return parser.parse_args()
 

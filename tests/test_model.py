@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cryochains.imaging import Imaging, random_rotations
+from cryochains.matching import morph
 from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
 from cryochains.particles import ParticleStack
@@ -124,6 +125,15 @@ def test_contrast_is_measured(closed, particles, factor):
     # A constant background is no brightness of the molecule.
     assert model.estimate_contrast(scaled(particles, factor, 3 * factor)) == pytest.approx(factor, rel=1e-3)
     assert float(model.contrast) == pytest.approx(factor, rel=1e-3)
+
+
+def test_motion_does_not_dim_the_images(pair):
+    closed, opened = pair
+    moving = simulate_particles(
+        closed, 200, conformations=morph(closed, opened, 10), box_size=48, snr_db=0.0, seed=0, progress=False
+    )
+    model = CryoChains.for_particles(closed, moving, modes=None, width=0.05)
+    assert model.estimate_contrast(moving) == pytest.approx(1.0, abs=0.06)
 
 
 def test_contrast_from_some_of_the_particles(closed, particles):

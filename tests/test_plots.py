@@ -1,0 +1,157 @@
+"""Every figure can be drawn, says what its axes are, and leaves matplotlib's global state alone."""
+
+from io import BytesIO
+
+import matplotlib.pyplot
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from cryochains import plots
+from cryochains.dynamics import Dynamics
+from cryochains.latent import compute_pca
+from cryochains.metrics import score_motion
+from cryochains.model import CryoChains
+from cryochains.modes import compute_modes
+from cryochains.particles import ParticleStack
+from cryochains.simulation import simulate_particles
+from cryochains.training import Epoch
+
+
+@pytest.fixture(scope="module")
+def dynamics(closed):
+    return Dynamics(closed, compute_modes(closed, 2))
+
+
+@pytest.fixture(scope="module")
+def particles(closed, dynamics):
+    latents = torch.randn(30, dynamics.n_latents, generator=torch.Generator().manual_seed(0))
+    return simulate_particles(closed, 30, dynamics=dynamics, latents=latents, box_size=32, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(closed, particles):
+    return CryoChains.for_particles(closed, particles, modes=2, width=0.02)
+
+
+@pytest.fixture(autouse=True)
+def global_state():
+    yield
+    assert matplotlib.pyplot.get_fignums() == [], "figures are returned, not kept by pyplot"
+
+
+def draw(figure, panels=None) -> str:
+    """Render a figure and return all its text."""
+    assert isinstance(figure, Figure)
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=50)
+    assert stream.getvalue().startswith(b"\x89PNG") and len(stream.getvalue()) > 1000
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it as the value of a cell"
+    shown = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    assert panels is None or len(shown) == panels
+    parts = [figure.get_suptitle()]
+    for axis in figure.axes:
+        parts += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
+        if axis.get_legend():
+            parts += [text.get_text() for text in axis.get_legend().get_texts()]
+    return " | ".join(parts)
+
+
+@pytest.mark.parametrize("n, shown", [(1, 1), (4, 4), (99, 30)])
+def test_particles(model, particles, n, shown):
+    figure = plots.plot_particles(model, particles, particles.truth.latents, n)
+    text = draw(figure, panels=3 * shown)
+    assert all(word in text for word in ("image", "reconstruction", "residual", f"{shown} of 30 particles"))
+
+
+def test_residual_is_what_is_left(model, particles):
+    figure = plots.plot_particles(model, particles, particles.truth.latents, 3)
+    image, reconstruction, residual = (
+        np.stack([axis.images[0].get_array() for axis in figure.axes[3 * row : 3 * row + 3]]) for row in range(3)
+    )
+    np.testing.assert_allclose(image - reconstruction, residual, atol=1e-5)
+    np.testing.assert_allclose(image, particles.read_images(slice(3)), atol=1e-6)
+    # The truth explains all but the noise.
+    assert residual.std() == pytest.approx(particles.truth.noise_std, rel=0.05)
+
+
+def test_particles_without_truth_or_ctf(model, particles):
+    bare = ParticleStack(particles.read_images(), particles.rotations, pixel_size=particles.pixel_size)
+    draw(plots.plot_particles(model, bare, torch.zeros(30, model.dynamics.n_latents), 2), panels=6)
+
+
+@pytest.mark.parametrize("n_epochs", [1, 4])
+@pytest.mark.parametrize("scored", [True, False])
+def test_training(n_epochs, scored):
+    score = {"rmsd": 1.5, "explained_motion": 0.1} if scored else {}
+    history = [Epoch(k + 1, 1 / (k + 1), 1.1 / (k + 1), **score) for k in range(n_epochs)]
+    text = draw(plots.plot_training(history), panels=1 + scored)
+    assert "epoch" in text and "held out" in text and ("RMSD (Å)" in text) == scored
+
+
+@pytest.mark.parametrize("n_passes", [1, 6])
+def test_refinement(n_passes):
+    record = {"blur": 2.0, "step": 0.3, "refused": 0, "noise_std": 0.1, "contrast": 1.0, "spread": 3.0}
+    text = draw(plots.plot_refinement([record] * n_passes), panels=3)
+    assert "step (Å)" in text and "noise" in text and "spread (Å)" in text
+
+
+@pytest.mark.parametrize("with_truth", [True, False])
+@pytest.mark.parametrize("n_components", [1, 2, 5])
+def test_latent_space(dynamics, particles, with_truth, n_components):
+    motions = compute_pca(dynamics, particles.truth.latents, n_components=n_components)
+    truth = np.linspace(0, 1, 30) if with_truth else None
+    text = draw(plots.plot_latent_space(motions, truth=truth, title="|Spearman| 0.97"), panels=1 + with_truth)
+    assert "|Spearman| 0.97" in text and "PC1 (Å, " in text and motions.label in text
+    assert ("PC2" in text) == (n_components > 1)
+
+
+def test_latent_space_of_other_particles(dynamics, particles):
+    motions = compute_pca(dynamics, particles.truth.latents[:20], chain="B", kind="rigid")
+    figure = plots.plot_latent_space(motions, motions.transform(particles.truth.latents[20:]), np.arange(10.0))
+    draw(figure, panels=2)
+    assert len(figure.axes[1].lines[0].get_xdata()) == 10
+
+
+def test_rmsd(dynamics, particles):
+    scores = score_motion(dynamics, 0.5 * particles.truth.latents, particles)
+    methods = {"encoder": 1.2 * scores.rmsd_per_particle, "MAP": scores.rmsd_per_particle}
+    text = draw(plots.plot_rmsd(methods, scores.mean_rmsd_per_particle, 0.5 * scores.rmsd_per_particle))
+    assert f"MAP: {scores.rmsd:.2f} Å" in text and f"mean conformation: {scores.mean_rmsd:.2f} Å" in text
+    assert "information limit" in text and "no re-superposition" in text
+    assert "information limit" not in draw(plots.plot_rmsd({"MAP": methods["MAP"]}, scores.mean_rmsd_per_particle))
+
+
+@pytest.mark.parametrize("component", [0, 1])
+def test_conformations(dynamics, particles, component):
+    motions = compute_pca(dynamics, particles.truth.latents)
+    text = draw(plots.plot_conformations(motions, component, n=4), panels=2)
+    assert f"PC{component + 1}" in text and "chain A" in text and "chain B" in text
+
+
+def test_residue_motion(dynamics, particles, closed):
+    motions = compute_pca(dynamics, particles.truth.latents)
+    path = motions.traverse(0, n=3)
+    figure = plots.plot_residue_motion(dynamics, path, title="PC1")
+    text = draw(figure, panels=2)
+    assert "residue of chain A" in text and "displacement (Å)" in text and "PC1" in text
+    coords = dynamics.decode(path)
+    expected = (coords[-1] - coords[0]).norm(dim=1)[closed.chain_index == 1]
+    last = figure.axes[1].lines[-1]
+    np.testing.assert_allclose(last.get_ydata(), expected, atol=1e-4)
+    assert last.get_xdata().tolist() == closed.resnums[closed.chain_index == 1].tolist()
+
+
+def test_one_body_is_one_panel(closed):
+    whole = closed.as_one_body()
+    dynamics = Dynamics(whole, compute_modes(whole, 2), rotation=False, translation=False)
+    draw(plots.plot_residue_motion(dynamics, torch.eye(2)), panels=1)
+    still = torch.zeros(2, 2)
+    draw(plots.plot_residue_motion(dynamics, still), panels=1)
+
+
+def test_nothing_needs_a_gradient_free_caller(model, particles):
+    latents = particles.truth.latents.clone().requires_grad_()
+    draw(plots.plot_residue_motion(model.dynamics, latents[:2]))
+    draw(plots.plot_particles(model, particles, latents, 1))
