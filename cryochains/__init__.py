@@ -11,22 +11,14 @@ along z; images (batch, y, x) with the origin at pixel ``box_size // 2``; protei
 
 from .dynamics import Dynamics
 from .imaging import CTF, Imaging
-from .inference import Refinement, posterior_covariance, refine
+from .inference import posterior_covariance, refine
 from .latent import PrincipalMotions, compute_pca, decode_ensemble, latent_table, save_ensemble
 from .matching import match_structures, morph, superpose
-from .metrics import (
-    Scores,
-    correlation,
-    information_limit,
-    rmsd,
-    score_motion,
-    true_latents,
-    true_population,
-)
+from .metrics import Scores, correlation, information_limit, rmsd, score_motion, true_latents, true_population
 from .model import CryoChains
 from .modes import Modes, compute_modes
 from .particles import ParticleStack, load_particles
-from .population import Population
+from .population import Population, Refinement
 from .simulation import Truth, simulate_particles
 from .structure import Structure, load_structure
 from .training import Epoch, encode_particles, fit

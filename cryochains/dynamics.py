@@ -5,7 +5,7 @@ Symbols of the paper: α → mode weights, R → `rotvec` or rotation matrix, t 
     X⁽ᶜ⁾ = R⁽ᶜ⁾ (X⁽ᶜ'⁰⁾ + Σ_k α_k U_k − com) + com + t⁽ᶜ⁾
 
 This is the one place that knows how latents are laid out: a flat vector z, chain by chain
-[modes, rotation vector, translation], each scaled so that **one unit moves its chain by 1 Å (RMS)**. `scale`
+[modes, rotation vector, translation], each scaled so that **one unit moves its chain by about 1 Å (RMS)**. `scale`
 turns a unit into physical units: α in Å (Eq. 1, modes of unit norm), radians, Å.
 """
 
@@ -98,8 +98,7 @@ class Dynamics(nn.Module):
             raise ValueError("expected at least one of modes, rotation and translation, got none; try rotation=True")
         if modes is not None and modes.structure_hash != structure.content_hash:
             raise ValueError(
-                f"expected modes of {structure!r}, got modes of another structure; "
-                "try compute_modes on this structure"
+                f"expected modes of {structure!r}, got modes of another structure; try compute_modes on this structure"
             )
         self.structure = structure
         self.modes = modes
@@ -116,7 +115,8 @@ class Dynamics(nn.Module):
             atoms = np.flatnonzero(structure.chain_index == chain)
             chains.append(ChainLayout(slice(int(atoms[0]), int(atoms[-1]) + 1), *slices))
             # A unit-norm mode moves n nodes by 1/√n Å (RMS); a turn by an angle moves them by at most angle·radius.
-            units = (np.sqrt(n_nodes), 1 / structure.radii[chain], 1.0)
+            # A lone residue has no radius, and its turn moves nothing.
+            units = (np.sqrt(n_nodes), 1 / max(structure.radii[chain], 1.0), 1.0)
             for kind, size, unit in zip(KINDS, sizes, units, strict=True):
                 latent_chain += [chain] * size
                 latent_kind += [kind] * size
@@ -169,7 +169,7 @@ class Dynamics(nn.Module):
         """
         if latents.shape[-1] != self.n_latents:
             raise ValueError(f"expected latents of length {self.n_latents}, got {latents.shape[-1]}")
-        flat = latents.reshape(-1, self.n_latents)
+        flat = latents.to(self.reference.device).reshape(-1, self.n_latents)
         parts = []
         for chain, layout in enumerate(self.chains):
             x = self.bend(flat, chain)
@@ -239,7 +239,9 @@ class Dynamics(nn.Module):
                 tangents = self.tangents(latents, chain).flatten(2)
                 normal = tangents @ tangents.transpose(1, 2)
                 right = tangents @ residual[:, layout.atoms].flatten(1).unsqueeze(-1)
-                step[:, layout.latents] = torch.linalg.solve(normal, right).squeeze(-1)
+                # Turning about the axis of collinear nodes moves nothing: the ridge leaves it at rest.
+                ridge = 1e-9 * normal.diagonal(dim1=1, dim2=2).mean() * torch.eye(normal.shape[-1]).to(normal)
+                step[:, layout.latents] = torch.linalg.solve(normal + ridge, right).squeeze(-1)
             latents = latents + step
             if step.abs().max() < 1e-6:
                 break
@@ -268,6 +270,7 @@ class Dynamics(nn.Module):
             raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}")
         if not (self.rotation and self.translation):
             raise ValueError("expected a model whose chains turn and shift, got one with either switched off")
+        latents = latents.to(self.reference.device)
         base = self.chains[ids.index(chain)]
         center = self.centers[ids.index(chain)]
         back = roma.rotvec_to_rotmat(self.rotvecs(latents, ids.index(chain))).transpose(1, 2)

@@ -94,6 +94,4 @@ def _head(n_features: int, hidden: list[int], n_out: int) -> nn.Sequential:
     last = nn.Linear(hidden[1], n_out)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(
-        nn.Linear(n_features, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], hidden[1]), nn.ReLU(), last
-    )
+    return nn.Sequential(nn.Linear(n_features, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], hidden[1]), nn.ReLU(), last)

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -50,6 +52,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def fingerprint(*parts) -> str:
+    """Short hash of tensors, arrays and plain values: what a checkpoint must have in common with the run it resumes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        array = isinstance(part, (torch.Tensor, np.ndarray)) and np.asarray(torch.as_tensor(part).cpu())
+        digest.update(repr(part).encode() if array is False else f"{array.shape}{array.dtype}".encode())
+        digest.update(b"" if array is False else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict) -> None:

@@ -12,7 +12,6 @@ re-estimates μ, Σ and σ from all particles on the stored normal equations, wh
 Σ is shrunk towards the elastic network's own prior (variance of α_k ∝ 1/λ_k), which decides when particles are few.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .files import load_tensors, save_tensors
+from .files import fingerprint, load_tensors, save_tensors
 from .likelihood import independent_pixels, normal_equations
-from .model import CryoChains
+from .model import CryoChains, check_contrast
 from .particles import ParticleStack
-from .population import Population, elastic_variance, shrink_covariance
+from .population import Population, Refinement, elastic_variance, shrink_covariance
+from .stacks import positions
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
 BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
@@ -34,38 +34,6 @@ MAX_EXTRA_PASSES, STILL = 4, 0.1
 EM_STEPS, LAST_EM_STEPS, EM_TOLERANCE = 10, 40, 3e-3
 # The brightness is measured where a misplaced atom does not lower it.
 CONTRAST_BLUR = 4.0
-
-
-@dataclass(frozen=True, eq=False)
-class Refinement:
-    """The outcome of `refine`: one row a particle, in the order of the stack.
-
-    latents (N, p) posterior means; std (N, p) posterior standard deviations; ids (N,); population; history, one dict
-    an image pass.
-    """
-
-    latents: Tensor
-    std: Tensor
-    ids: np.ndarray
-    population: Population
-    history: list
-
-    def save(self, path) -> None:
-        """Write a safetensors file, whole or not at all."""
-        p = self.population
-        tensors = {"latents": self.latents, "std": self.std, "mean": p.mean, "covariance": p.covariance}
-        shared = {"noise_std": p.noise_std, "contrast": p.contrast, "structure_hash": p.structure_hash}
-        save_tensors(path, tensors, {"kind": "refinement", **shared, "ids": list(self.ids), "history": self.history})
-
-    @classmethod
-    def load(cls, path) -> "Refinement":
-        t, meta = load_tensors(path, "refinement")
-        shared = {k: meta[k] for k in ("noise_std", "contrast", "structure_hash")}
-        population = Population(t["mean"], t["covariance"], **shared)
-        return cls(t["latents"], t["std"], np.array(meta["ids"]), population, meta["history"])
-
-    def __repr__(self) -> str:
-        return f"Refinement({len(self.latents)} particles, {self.population!r})"
 
 
 def refine(
@@ -118,36 +86,27 @@ def refine(
     >>> refine(model, particles, blurs=(4.0, 0.0), progress=False).latents.shape
     torch.Size([8, 12])
     """
-    _check(model, particles, population)
+    _check(model, particles, population, start, blurs)
     n, p = len(particles), model.dynamics.n_latents
-    if start is not None and tuple(start.shape) != (n, p):
-        raise ValueError(f"expected start of shape {(n, p)}, got {tuple(start.shape)}")
-    if population is not None:
-        learned, first, history = population, None, []
-        subset = np.zeros(n, dtype=bool)
-    else:
-        # Sorted, so that images are read in the order of the file.
-        chosen = np.sort(np.random.default_rng(seed).permutation(n)[:n_population])
-        subset = np.zeros(n, dtype=bool)
-        subset[chosen] = True
-        part = start[chosen] if start is not None else None
-        first = _Passes(model, particles[chosen], part, None, batch_size, checkpoint)
-        learned, history = first.run(blurs, progress)
-    latents, std = torch.zeros(n, p), torch.zeros(n, p)
-    if first is not None:
-        latents[subset], std[subset] = first.proposal.cpu(), first.std.cpu()
-    # The rest stream through in blocks, each refined from coarse to fine while its normal equations are in memory.
-    rest = np.flatnonzero(~subset)
-    blocks = np.array_split(rest, max(1, -(-len(rest) // n_population))) if len(rest) else []
+    chosen = np.zeros(n, dtype=bool)
+    if population is None:
+        chosen[np.random.default_rng(seed).permutation(n)[:n_population]] = True
+    # Those the population is learned from come first; the rest stream through in blocks of the same size.
+    rest = np.flatnonzero(~chosen)
+    blocks = [np.flatnonzero(chosen)] if chosen.any() else []
+    blocks += np.array_split(rest, -(-len(rest) // n_population)) if len(rest) else []
+    latents, std, history = torch.zeros(n, p), torch.zeros(n, p), []
     for number, rows in enumerate(blocks):
-        part = start[rows] if start is not None else None
-        suffix = None if checkpoint is None else f"{checkpoint}.block{number}"
-        passes = _Passes(model, particles[rows], part, learned, batch_size, suffix)
-        _, steps = passes.run(blurs, progress)
+        path = checkpoint if checkpoint is None or number == 0 else f"{checkpoint}.block{number}"
+        part = None if start is None else start[rows]
+        passes = _Passes(model, particles[rows], part, population, blurs, batch_size, path)
+        population, steps = passes.run(progress)
         latents[rows], std[rows] = passes.proposal.cpu(), passes.std.cpu()
         history = history or steps
-    model.contrast.fill_(learned.contrast)
-    return Refinement(latents.to("cpu"), std, particles.ids, learned, history)
+        # Its normal equations are the bulk of the memory: gone before the next block makes its own.
+        del passes
+    model.contrast.fill_(population.contrast)
+    return Refinement(latents, std, particles.ids, population, history)
 
 
 @torch.no_grad()
@@ -158,6 +117,7 @@ def posterior_covariance(model: CryoChains, particles: ParticleStack, refinement
     """
     population = refinement.population
     model.contrast.fill_(population.contrast)
+    rows = torch.from_numpy(positions(rows, len(particles)))
     z = refinement.latents[rows].to(model.device)
     covariances = []
     for batch in particles[rows].batches(64, device=model.device):
@@ -173,8 +133,17 @@ def _posterior_precision(hessian: Tensor, population: Population) -> Tensor:
 class _Passes:
     """Passes over the images of some particles, all of whose normal equations are held in memory."""
 
-    def __init__(self, model, particles, start, population, batch_size, checkpoint):
-        self.model, self.particles, self.batch_size, self.checkpoint = model, particles, batch_size, checkpoint
+    def __init__(self, model, particles, start, population, blurs, batch_size, checkpoint):
+        self.model, self.particles, self.blurs = model, particles, blurs
+        self.batch_size, self.checkpoint = batch_size, checkpoint
+        self.identity = ""
+        if checkpoint is not None:
+            given = () if population is None else (population.mean, population.covariance, population.noise_std)
+            imaging, structure = model.imaging, model.structure
+            self.identity = fingerprint(
+                particles.fingerprint(), structure.content_hash, model.dynamics.scale, imaging.origin,
+                imaging.weights, imaging.sigma, blurs, -1 if start is None else start, *given,
+            )  # fmt: skip
         n, p, device = len(particles), model.dynamics.n_latents, model.device
         self.fixed = population is not None
         if self.fixed:
@@ -198,11 +167,11 @@ class _Passes:
         share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
         self.share = torch.tensor(share[model.dynamics.latent_chain], dtype=torch.float32, device=device)
 
-    def run(self, blurs, progress) -> tuple[Population, list]:
-        history, n = self._resume(), len(self.particles)
+    def run(self, progress) -> tuple[Population, list]:
+        history, n, blurs = self._resume(), len(self.particles), self.blurs
         with tqdm(total=len(blurs) * n, initial=len(history) * n, desc="refining", unit="particle",
                   disable=not progress) as bar:  # fmt: skip
-            while not self._done(history, blurs):
+            while not self._done(history):
                 number = len(history)
                 blur = blurs[min(number, len(blurs) - 1)]
                 same_blur = number > 0 and blur == history[-1]["blur"]
@@ -215,9 +184,8 @@ class _Passes:
         )  # fmt: skip
         return population, history
 
-    @staticmethod
-    def _done(history: list, blurs) -> bool:
-        extra = len(history) - len(blurs)
+    def _done(self, history: list) -> bool:
+        extra = len(history) - len(self.blurs)
         return extra >= 0 and (history[-1]["step"] < STILL or extra >= MAX_EXTRA_PASSES)
 
     def _pass(self, blur: float, same_blur: bool, late: bool, bar) -> dict:
@@ -254,6 +222,7 @@ class _Passes:
         self.residual = residuals
         if not self.fixed and blur >= CONTRAST_BLUR:
             factor = overlap / power
+            check_contrast(factor)
             model.contrast.mul_(factor)
             self.hessian *= factor**2
             self.right *= factor
@@ -318,7 +287,7 @@ class _Passes:
     def _save(self, history: list) -> None:
         if self.checkpoint is not None:
             meta = {"noise_std": self.noise_std, "contrast": float(self.model.contrast), "history": history,
-                    "structure_hash": self.model.structure.content_hash}  # fmt: skip
+                    "identity": self.identity}  # fmt: skip
             save_tensors(self.checkpoint, self._state(), {"kind": "refinement checkpoint", **meta})
 
     def _resume(self) -> list:
@@ -326,10 +295,9 @@ class _Passes:
         if self.checkpoint is None or not Path(self.checkpoint).exists():
             return []
         tensors, meta = load_tensors(self.checkpoint, "refinement checkpoint")
-        same_shape = tensors["latents"].shape == self.latents.shape
-        if meta["structure_hash"] != self.model.structure.content_hash or not same_shape:
+        if meta["identity"] != self.identity:
             raise ValueError(
-                f"expected a checkpoint of {self.model.structure!r} and these {len(self.latents)} particles, "
+                f"expected a checkpoint of {self.model.structure!r}, these {len(self.latents)} particles and settings, "
                 f"got another run's in {self.checkpoint}; try another checkpoint path"
             )
         for name, value in tensors.items():
@@ -339,12 +307,27 @@ class _Passes:
         return meta["history"]
 
 
-def _check(model: CryoChains, particles: ParticleStack, population: Population | None) -> None:
-    imaging = model.imaging
+def _check(model: CryoChains, particles: ParticleStack, population: Population | None, start, blurs) -> None:
+    imaging, n_latents = model.imaging, model.dynamics.n_latents
+    if not len(particles):
+        raise ValueError("expected at least one particle, got none; try another selection or split")
+    if not blurs:
+        raise ValueError("expected at least one blur in Å, got none; try blurs=(0.0,)")
     if particles.box_size != imaging.box_size or abs(particles.pixel_size - imaging.pixel_size) > 1e-3:
         raise ValueError(
             f"expected particles of {imaging.box_size} px × {imaging.pixel_size:g} Å, got {particles.box_size} px × "
             f"{particles.pixel_size:g} Å; try CryoChains.for_particles"
         )
     if population is not None and population.structure_hash != model.structure.content_hash:
-        raise ValueError(f"expected a population of {model.structure!r}, got one of another molecule")
+        raise ValueError(
+            f"expected a population of {model.structure!r}, got one of another molecule; try population=None"
+        )
+    if population is not None and len(population.mean) != n_latents:
+        raise ValueError(
+            f"expected a population of {n_latents} latents, got {len(population.mean)}; try the model it came from"
+        )
+    if start is not None and (tuple(start.shape) != (len(particles), n_latents) or not torch.isfinite(start).all()):
+        raise ValueError(
+            f"expected finite start latents of shape {(len(particles), n_latents)}, got {tuple(start.shape)}; "
+            "try start=None"
+        )

@@ -48,9 +48,7 @@ class Match:
         for c, chain in enumerate(self.a.chain_ids):
             how = " by sequence" if chain in self.aligned else ""
             lost = " and ".join(map(str, self.dropped[chain]))
-            parts.append(
-                f"{chain}={self.b.chain_ids[c]}: {counts[c]} residues in common{how}, {lost} dropped"
-            )
+            parts.append(f"{chain}={self.b.chain_ids[c]}: {counts[c]} residues in common{how}, {lost} dropped")
         return f"Match({self.a.name} and {self.b.name}; {'; '.join(parts)})"
 
 
@@ -215,9 +213,7 @@ def _common(
     """Nodes that two bodies share, pairwise, and whether it took a sequence alignment."""
     letters_a, letters_b = _letters(a, nodes_a), _letters(b, nodes_b)
     where = {key: i for i, key in enumerate(_numbers(b, nodes_b))}
-    pairs = np.array([(i, where[key]) for i, key in enumerate(_numbers(a, nodes_a)) if key in where]).reshape(
-        -1, 2
-    )
+    pairs = np.array([(i, where[key]) for i, key in enumerate(_numbers(a, nodes_a)) if key in where]).reshape(-1, 2)
     trusted = len(pairs) > 0 and np.mean(letters_a[pairs[:, 0]] == letters_b[pairs[:, 1]]) >= _SAME_NAMES
     by_sequence = False
     if not trusted or len(pairs) < min(len(nodes_a), len(nodes_b)) / 2:
@@ -236,20 +232,13 @@ def _numbers(structure: Structure, nodes: np.ndarray) -> list[tuple[int, int, st
     rows, atoms = structure.node_rows[nodes], structure.atoms
     chids = atoms.getChids()[rows]
     ordinal = {chain: i for i, chain in enumerate(dict.fromkeys(chids))}
-    return list(
-        zip(map(ordinal.get, chids), atoms.getResnums()[rows].tolist(), atoms.getIcodes()[rows], strict=True)
-    )
+    return list(zip(map(ordinal.get, chids), atoms.getResnums()[rows].tolist(), atoms.getIcodes()[rows], strict=True))
 
 
 def _align(letters_a: np.ndarray, letters_b: np.ndarray) -> np.ndarray:
     """(n, 2) aligned positions, none where the sequences are not of one protein."""
     aligner = PairwiseAligner(
-        mode="global",
-        match_score=2,
-        mismatch_score=-1,
-        open_gap_score=-5,
-        extend_gap_score=-0.5,
-        end_gap_score=0,
+        mode="global", match_score=2, mismatch_score=-1, open_gap_score=-5, extend_gap_score=-0.5, end_gap_score=0
     )
     blocks = aligner.align("".join(letters_a), "".join(letters_b))[0].aligned
     pairs = [np.stack([np.arange(*x), np.arange(*y)], 1) for x, y in zip(*blocks, strict=True)]

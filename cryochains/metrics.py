@@ -97,7 +97,7 @@ def true_latents(dynamics: Dynamics, particles: ParticleStack) -> tuple[Tensor, 
     if truth.frame is not None:
         # Particles of a morph share conformations: each is fitted once.
         frames, back = torch.unique(truth.frame, return_inverse=True)
-        blocks = [truth.conformations[frames]]
+        blocks = truth.conformations[frames].split(CHUNK)
     else:
         back = torch.arange(len(particles))
         blocks = (truth.coords(back[start : start + CHUNK]) for start in range(0, len(back), CHUNK))
@@ -114,7 +114,7 @@ def true_population(model: CryoChains, particles: ParticleStack, latents: Tensor
 
     The best prior a Gaussian model can have, which is what the information limit assumes.
     """
-    z = (true_latents(model.dynamics, particles)[0] if latents is None else latents).double()
+    z = (true_latents(model.dynamics, particles)[0] if latents is None else latents).cpu().double()
     off = z - z.mean(0)
     # A morph moves in few directions only; 10⁻³ Å keeps its covariance invertible.
     covariance = off.T @ off / len(z) + 1e-6 * torch.eye(z.shape[1])
@@ -148,11 +148,14 @@ def information_limit(
         floor = floor_tensor.numpy()
     population = population or true_population(model, particles, latents)
     prior = population.covariance.inverse().to(model.device)
+    if not population.noise_std > 0:
+        raise ValueError("expected noisy particles, got none of noise: nothing limits what can be known of them")
     before, limits = model.contrast.clone(), []
+    latents = latents.to(model.device)
     model.contrast.fill_(population.contrast)
     for batch in particles.batches(64, device=model.device):
         # In float32 the information of what is hidden, divided by little noise, would be far from zero.
-        z = latents[batch.rows].to(model.device).double()
+        z = latents[batch.rows].double()
         pose = tuple(None if part is None else part.double() for part in batch.pose)
         hessian = normal_equations(model, None, pose, z).hessian / population.noise_std**2
         covariance = (hessian + prior).inverse()

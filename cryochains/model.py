@@ -120,7 +120,7 @@ class CryoChains(nn.Module):
         ValueError
             When the regression is negative: the images are protein-dark.
         """
-        step = max(1, len(particles) // n)
+        step = -(-len(particles) // n)
         low_pass = gaussian_transfer(self.imaging.box_size, self.imaging.pixel_size, CONTRAST_BLUR, self.device)
         along = power = 0.0
         for batch in particles[::step].batches(64, device=self.device):
@@ -129,10 +129,15 @@ class CryoChains(nn.Module):
             model = model - model.mean(dim=(-2, -1), keepdim=True)
             along += float((filter_images(batch.images, low_pass) * model).sum())
             power += float((model * model).sum())
-        if along <= 0:
-            raise ValueError(
-                "expected protein-bright images, got images that look like the negative of the reference; "
-                "try load_particles(…, invert=True), and check that the poses belong to this structure"
-            )
+        check_contrast(along)
         self.contrast.fill_(along / power)
         return float(self.contrast)
+
+
+def check_contrast(contrast: float) -> None:
+    """Raise ValueError when images are the negative of the model."""
+    if contrast <= 0:
+        raise ValueError(
+            "expected protein-bright images, got images that look like the negative of the reference; "
+            "try load_particles(…, invert=True), and check that the poses belong to this structure"
+        )

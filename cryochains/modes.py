@@ -101,9 +101,7 @@ def compute_modes(
     wanted = list(n_modes) if np.iterable(n_modes) else [n_modes] * structure.n_chains
     whole = all(isinstance(k, (int, np.integer)) and k >= 0 for k in wanted)
     if len(wanted) != structure.n_chains or not whole:
-        raise ValueError(
-            f"expected a number of modes for each of {structure.n_chains} chains, got {n_modes!r}; try 50"
-        )
+        raise ValueError(f"expected a number of modes for each of {structure.n_chains} chains, got {n_modes!r}; try 50")
     if not cutoff > 0:
         raise ValueError(f"expected a cutoff above 0 Å, got {cutoff}; try 15")
     vectors, eigenvalues = [], []
@@ -111,18 +109,12 @@ def compute_modes(
         coords = structure.node_coords[structure.node_chain == c]
         most = max(3 * len(coords) - 6, 0)
         if k > most:
-            raise ValueError(
-                f"expected at most {most} modes for the {len(coords)} nodes of chain {chain}, got {k}"
-            )
-        solved = (
-            _cached(coords, k, cutoff, sparse_above) if cache else _solve(coords, k, cutoff, sparse_above)
-        )
+            raise ValueError(f"expected at most {most} modes for the {len(coords)} nodes of chain {chain}, got {k}")
+        solved = _cached(coords, k, cutoff, sparse_above) if cache else _solve(coords, k, cutoff, sparse_above)
         used = float(solved["cutoff"])
         if used > cutoff:
             name = chain if len(chain) < 20 else f"{chain[:16]}…"
-            message = (
-                f"the network of chain {name} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
-            )
+            message = f"the network of chain {name} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
             warnings.warn(message, stacklevel=2)
         vectors.append(solved["vectors"])
         eigenvalues.append(solved["eigenvalues"])
@@ -137,10 +129,7 @@ def _cached(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dic
     try:
         with np.load(path, allow_pickle=False) as stored:
             solved = {name: stored[name] for name in expected}
-        if all(
-            solved[name].shape == shape and np.isfinite(solved[name]).all()
-            for name, shape in expected.items()
-        ):
+        if all(solved[name].shape == shape and np.isfinite(solved[name]).all() for name, shape in expected.items()):
             return solved
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # absent or damaged: the modes are computed again
@@ -160,9 +149,7 @@ def _solve(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict
         return {"vectors": np.zeros((0, n, 3)), "eigenvalues": np.zeros(0), "cutoff": np.array(cutoff)}
     nearest = cKDTree(coords).query(coords, k=2)[0][:, 1].min()
     if nearest < 1e-3:
-        raise ValueError(
-            "expected every node at a place of its own, got two at one; try the file for doubled chains"
-        )
+        raise ValueError("expected every node at a place of its own, got two at one; try the file for doubled chains")
     rigid = _rigid_motions(coords)
     reach = cutoff
     while True:
@@ -182,11 +169,7 @@ def _solve(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict
     # The sign of an eigenvector is arbitrary; fixed, results can be compared between runs and machines.
     largest = np.abs(vectors).argmax(0)
     vectors = vectors * np.sign(vectors[largest, np.arange(k)])
-    return {
-        "vectors": vectors.T.reshape(k, n, 3),
-        "eigenvalues": eigenvalues,
-        "cutoff": np.array(float(reach)),
-    }
+    return {"vectors": vectors.T.reshape(k, n, 3), "eigenvalues": eigenvalues, "cutoff": np.array(float(reach))}
 
 
 def _hessian(coords: np.ndarray, pairs: np.ndarray) -> sparse.csc_matrix:
@@ -238,9 +221,7 @@ def _soft_sparse(hessian: sparse.csc_matrix, rigid: np.ndarray, k: int) -> tuple
     def without_rigid(x):
         return x - rigid @ (rigid.T @ x)
 
-    inverse = LinearOperator(
-        (size, size), matvec=lambda x: without_rigid(factor.solve(without_rigid(x.ravel())))
-    )
+    inverse = LinearOperator((size, size), matvec=lambda x: without_rigid(factor.solve(without_rigid(x.ravel()))))
     start = without_rigid(np.random.default_rng(0).standard_normal(size))
     inverted, vectors = eigsh(inverse, k=k, which="LA", v0=start)
     order = np.argsort(-inverted)

@@ -6,13 +6,14 @@ batch asks for them, and the order of rows never changes by itself.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .files import fingerprint
 from .imaging import CTF
 from .relion import (
     ParticleTable,
@@ -111,15 +112,11 @@ class ParticleStack:
         if not isinstance(images, Images):
             images = torch.as_tensor(images, dtype=torch.float32)
             if images.ndim != 3:
-                raise ValueError(
-                    f"expected images of shape (n, box, box), got {tuple(images.shape)}; try images[None]"
-                )
+                raise ValueError(f"expected images of shape (n, box, box), got {tuple(images.shape)}; try images[None]")
             images = Images.in_memory(images)
         n, height, width = images.shape
         if height != width or width < 2 or width % 2:
-            raise ValueError(
-                f"expected square images with an even box, got {height} × {width} px; try cropping them"
-            )
+            raise ValueError(f"expected square images with an even box, got {height} × {width} px; try cropping them")
         if not self.pixel_size > 0:
             raise ValueError(f"expected a positive pixel size in Å, got {self.pixel_size}")
         rotations = torch.as_tensor(self.rotations, dtype=torch.float32)
@@ -173,6 +170,11 @@ class ParticleStack:
             rows=self.rows[rows],
             truth=None if self.truth is None else self.truth[rows],
         )
+
+    def fingerprint(self) -> str:
+        """Short hash of ids, poses, CTFs and the first image: tells a checkpoint's particles from others."""
+        optics = [] if self.ctf is None else [getattr(self.ctf, part.name) for part in fields(self.ctf)]
+        return fingerprint(list(self.ids), self.rotations, self.shifts, self.pixel_size, *optics, self.read_images([0]))
 
     def read_images(self, rows=slice(None)) -> Tensor:
         """(n, box, box) float32 images at these positions; only they are read."""
@@ -261,9 +263,7 @@ class ParticleStack:
             stack = path.with_suffix(".mrcs")
             sources = [source for source in self.images.paths if source.exists()]
             if stack.exists() and any(stack.samefile(source) for source in sources):
-                raise ValueError(
-                    f"expected another name than {stack}, from which these images are read; try a new one"
-                )
+                raise ValueError(f"expected another name than {stack}, from which these images are read; try a new one")
             names = image_names(stack.name, len(self))
             chunks = (batch.images for batch in self.batches(256, progress=progress))
             write_particles(path, self._blocks(names), chunks, len(self), self.box_size, self.pixel_size)
@@ -301,7 +301,8 @@ def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleSta
     Returns
     -------
     ParticleStack
-        One particle a row, in the order of the file. Without defocus columns, `ctf` is None.
+        One particle a row, in the order of the file; a file may name some of a stack's images only. Without defocus
+        columns, `ctf` is None.
 
     Raises
     ------

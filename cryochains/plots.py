@@ -152,7 +152,7 @@ def plot_conformations(
 def plot_residue_motion(dynamics: Dynamics, latents: torch.Tensor, title: str = "") -> Figure:
     """How far each residue moves, from the first of the conformations at (m, p) `latents` to each; a panel a chain."""
     structure = dynamics.structure
-    coords = dynamics.decode(latents.to(dynamics.reference.device)).detach().cpu().numpy()
+    coords = dynamics.decode(latents).detach().cpu().numpy()
     moved = np.linalg.norm(coords - coords[0], axis=-1)
     figure, axes = _figure(1, structure.n_chains, 4.5 * structure.n_chains, 3.2)
     for chain, axis in enumerate(axes[0]):

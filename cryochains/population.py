@@ -44,6 +44,41 @@ class Population:
         return f"Population({len(self.mean)} latents, spread {spread:.2f} Å, noise {self.noise_std:.3g})"
 
 
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """The outcome of `refine`: one row a particle, in the order of the stack.
+
+    latents (N, p) posterior means; std (N, p) posterior standard deviations; ids (N,); population; history, one dict
+    an image pass.
+    """
+
+    latents: Tensor
+    std: Tensor
+    ids: np.ndarray
+    population: Population
+    history: list
+
+    def save(self, path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        p = self.population
+        # Of a million particles the names would not fit into the file's header.
+        ids = torch.frombuffer(bytearray("\n".join(self.ids).encode()), dtype=torch.uint8)
+        tensors = {"latents": self.latents, "std": self.std, "ids": ids, "mean": p.mean, "covariance": p.covariance}
+        shared = {"noise_std": p.noise_std, "contrast": p.contrast, "structure_hash": p.structure_hash}
+        save_tensors(path, tensors, {"kind": "refinement", **shared, "history": self.history})
+
+    @classmethod
+    def load(cls, path) -> "Refinement":
+        t, meta = load_tensors(path, "refinement")
+        shared = {k: meta[k] for k in ("noise_std", "contrast", "structure_hash")}
+        population = Population(t["mean"], t["covariance"], **shared)
+        ids = np.array(bytes(t["ids"].numpy()).decode().split("\n"), dtype=object)
+        return cls(t["latents"], t["std"], ids, population, meta["history"])
+
+    def __repr__(self) -> str:
+        return f"Refinement({len(self.latents)} particles, {self.population!r})"
+
+
 def elastic_variance(dynamics: Dynamics) -> Tensor:
     """(p,) variance in Å² of each latent before any image was seen: 1/λ for modes, flat for rigid motion."""
     variance = np.ones(dynamics.n_latents)

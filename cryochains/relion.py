@@ -94,9 +94,7 @@ class ParticleTable:
         groups = self.particles["rlnOpticsGroup"]
         unknown = sorted(set(groups.astype(str)) - set(optics["rlnOpticsGroup"]))
         if unknown:
-            raise ValueError(
-                f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such row"
-            )
+            raise ValueError(f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such row")
         return groups.map(optics.set_index("rlnOpticsGroup")[column])
 
     def numbers(self, column: str) -> np.ndarray | None:
@@ -167,9 +165,7 @@ class ParticleTable:
         fields = {}
         for column, (field, unit) in CTF_COLUMNS.items():
             values = self.numbers(column)
-            fields[field] = torch.from_numpy(
-                np.zeros(len(self.particles)) if values is None else values * unit
-            )
+            fields[field] = torch.from_numpy(np.zeros(len(self.particles)) if values is None else values * unit)
         return fields
 
     def images(self, sign: float = 1.0) -> Images:
@@ -193,9 +189,7 @@ class ParticleTable:
         stacks = tuple(StackFile.open(path, name) for path, name in zip(paths, names, strict=True))
         boxes = sorted({stack.box_size for stack in stacks})
         if len(boxes) > 1:
-            raise ValueError(
-                f"expected one box size in the stacks of {self.path}, got {boxes} px; try rescaling"
-            )
+            raise ValueError(f"expected one box size in the stacks of {self.path}, got {boxes} px; try rescaling")
         lengths = np.array([stack.n_images for stack in stacks])[stack_index]
         # Fewer rows than images is a selection, which RELION writes all the time; more rows is a mistake.
         bad = np.flatnonzero((slice_index < 0) | (slice_index >= lengths))
@@ -239,49 +233,35 @@ def read_table(path: str | os.PathLike) -> ParticleTable:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a RELION .star file, got {path}, which is not there; try another path"
-        )
+        raise FileNotFoundError(f"expected a RELION .star file, got {path}, which is not there; try another path")
     try:
         columns = re.findall(r"^\s*_(\S+)", path.read_text(), flags=re.MULTILINE)
         blocks = starfile.read(path, always_dict=True, parse_as_string=columns)
     except Exception as error:  # whatever the parts of the reader raise
         linecache.clearcache()  # starfile reads through it, and would see the broken file again once mended
         reason = str(error).strip()
-        raise ValueError(
-            f"expected a RELION .star file, got {path} ({reason}); try exporting it again"
-        ) from error
+        raise ValueError(f"expected a RELION .star file, got {path} ({reason}); try exporting it again") from error
     if isinstance(blocks.get("optics"), dict):
         blocks["optics"] = pd.DataFrame([blocks["optics"]])
-    tables = [
-        name for name, block in blocks.items() if isinstance(block, pd.DataFrame) and "rlnImageName" in block
-    ]
+    tables = [name for name, block in blocks.items() if isinstance(block, pd.DataFrame) and "rlnImageName" in block]
     if not tables or not len(blocks[tables[0]]):
-        raise ValueError(
-            f"expected a table of particles with rlnImageName, got none in {path}; try a particles.star"
-        )
+        raise ValueError(f"expected a table of particles with rlnImageName, got none in {path}; try a particles.star")
     return ParticleTable(path, blocks, tables[0])
 
 
-def new_blocks(
-    rotations: Tensor, shifts: Tensor, ctf, pixel_size: float, box_size: int, names: list[str]
-) -> dict:
+def new_blocks(rotations: Tensor, shifts: Tensor, ctf, pixel_size: float, box_size: int, names: list[str]) -> dict:
     """Blocks of a RELION 3.1 file for particles that came from no file; `ctf` is a CTF or None."""
 
     def text(values) -> list[str]:
         return [f"{value:.6f}" for value in np.asarray(values, dtype=np.float64).tolist()]
 
     particles = {"rlnImageName": names}
-    particles |= {
-        column: text(values) for column, values in zip(EULER, rotation_to_euler(rotations).T, strict=True)
-    }
+    particles |= {column: text(values) for column, values in zip(EULER, rotation_to_euler(rotations).T, strict=True)}
     particles |= {f"rlnOrigin{axis}Angst": text(-shifts[:, i] + 0.0) for i, axis in enumerate("XY")}
     # RELION refuses a file without voltage and Cs, even where no CTF is used.
     optics = np.tile([300.0, 2.7, 0.1], (len(names), 1))
     if ctf is not None:
-        values = {
-            column: np.asarray(getattr(ctf, field)) / unit for column, (field, unit) in CTF_COLUMNS.items()
-        }
+        values = {column: np.asarray(getattr(ctf, field)) / unit for column, (field, unit) in CTF_COLUMNS.items()}
         optics = np.stack([values.pop(column) for column in OPTICS], axis=1)
         particles |= {column: text(cells) for column, cells in values.items()}
     groups, group = np.unique(optics, axis=0, return_inverse=True)
@@ -289,11 +269,7 @@ def new_blocks(
     particles["rlnOpticsGroup"] = [numbers[index] for index in group.ravel()]
     table = {"rlnOpticsGroup": numbers, "rlnOpticsGroupName": [f"opticsGroup{number}" for number in numbers]}
     table |= {column: [f"{value:g}" for value in groups[:, i]] for i, column in enumerate(OPTICS)}
-    table |= {
-        "rlnImagePixelSize": f"{pixel_size:.9g}",
-        "rlnImageSize": str(box_size),
-        "rlnImageDimensionality": "2",
-    }
+    table |= {"rlnImagePixelSize": f"{pixel_size:.9g}", "rlnImageSize": str(box_size), "rlnImageDimensionality": "2"}
     return {"optics": pd.DataFrame(table), "particles": pd.DataFrame(particles)}
 
 
@@ -335,9 +311,7 @@ def check_star_path(path: str | os.PathLike) -> Path:
 def present_names(star: Path, images: Images) -> list[str]:
     """Names by which the table `star` finds its images where they are; unchanged if they lead there."""
     if len(images.paths) < len(images.stacks):
-        raise ValueError(
-            "expected images in files to write a .star alone, got images in memory; try images=True"
-        )
+        raise ValueError("expected images in files to write a .star alone, got images in memory; try images=True")
     names = []
     for stack in images.stacks:
         found = find_stack(stack.name, star)

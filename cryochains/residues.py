@@ -103,9 +103,7 @@ def find_nodes(atoms: prody.AtomGroup) -> np.ndarray:
 
     known = np.array([_ALIASES.get(name, name) for name in atoms.getResnames()])
     codes = letters(known)
-    nucleotide = np.isin(known, list(_NUCLEOTIDES)) | (
-        having(names == "P") & having(np.isin(names, ("C4'", "C4*")))
-    )
+    nucleotide = np.isin(known, list(_NUCLEOTIDES)) | (having(names == "P") & having(np.isin(names, ("C4'", "C4*"))))
     amino = (np.char.isupper(codes) & (codes != "X")) | (known == "UNK")
     amino |= having(names == "N") & having(names == "C")
     alpha = (names == "CA") & (elements == "C") & amino & ~nucleotide
@@ -134,9 +132,7 @@ def residue_scattering(atoms: prody.AtomGroup, rows: np.ndarray) -> np.ndarray:
     ids, numbers = residue_ids(atoms), atomic_numbers(atoms)
     modelled = np.bincount(ids, weights=np.where(numbers > 1, numbers, 0.0))
     electrons = {
-        name: sum(
-            ATOMIC_NUMBERS[element] * int(count) for element, count in re.findall(r"([A-Z]+)(\d+)", formula)
-        )
+        name: sum(ATOMIC_NUMBERS[element] * int(count) for element, count in re.findall(r"([A-Z]+)(\d+)", formula))
         for name, formula in _FORMULAS.items()
     }
     resnames = atoms.getResnames()[rows]

@@ -183,11 +183,7 @@ def _motion(structure, n, conformations, dynamics, latents, snr_db, seed) -> Tru
         )
     if conformations is not None:
         conformations = torch.as_tensor(np.asarray(conformations), dtype=torch.float32)
-        if (
-            conformations.ndim != 3
-            or conformations.shape[1:] != (structure.n_atoms, 3)
-            or not len(conformations)
-        ):
+        if conformations.ndim != 3 or conformations.shape[1:] != (structure.n_atoms, 3) or not len(conformations):
             raise ValueError(
                 f"expected conformations of shape (m, {structure.n_atoms}, 3), got "
                 f"{tuple(conformations.shape)}; try structure.coords[None] or morph(a, b)"

@@ -61,9 +61,7 @@ def read_atoms(source: str | os.PathLike | prody.Atomic) -> tuple[str, prody.Ato
 def _stem(path: Path) -> str:
     suffix = next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), "")
     stem = path.name[: len(path.name) - len(suffix)]
-    return (
-        stem[3:].upper() if re.fullmatch(r"pdb[0-9][a-z0-9]{3}", stem) else stem
-    )  # ProDy's and the wwPDB's way
+    return stem[3:].upper() if re.fullmatch(r"pdb[0-9][a-z0-9]{3}", stem) else stem  # ProDy's and the wwPDB's way
 
 
 @contextmanager
@@ -109,9 +107,7 @@ def _in_folder(pdb_id: str, folder: Path) -> Path | None:
     if not folder.is_dir():
         return None
     wanted = [stem + suffix for suffix in _SUFFIXES for stem in (pdb_id, f"pdb{pdb_id}")]
-    found = {
-        path.name.lower(): path for path in folder.iterdir() if path.name.lower() in wanted and path.is_file()
-    }
+    found = {path.name.lower(): path for path in folder.iterdir() if path.name.lower() in wanted and path.is_file()}
     return next((found[name] for name in wanted if name in found), None)
 
 
@@ -139,14 +135,9 @@ def _parse(path: Path) -> prody.AtomGroup:
     name = path.name.lower()
     suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
     if suffix is None:
-        raise ValueError(
-            f"expected a file ending in {', '.join(_SUFFIXES)}, got {path.name}; try renaming it"
-        )
+        raise ValueError(f"expected a file ending in {', '.join(_SUFFIXES)}, got {path.name}; try renaming it")
     try:
-        with (
-            quiet_prody(),
-            (gzip.open if suffix.endswith(".gz") else open)(path, "rt", errors="replace") as stream,
-        ):
+        with quiet_prody(), (gzip.open if suffix.endswith(".gz") else open)(path, "rt", errors="replace") as stream:
             if "cif" in suffix:
                 atoms = prody.parseMMCIFStream(stream, altloc="all", title=_stem(path))
             else:
@@ -154,9 +145,7 @@ def _parse(path: Path) -> prody.AtomGroup:
     except Exception as error:
         # ProDy raises IndexError, KeyError and more on a file that is not what its name says.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"expected a PDB or mmCIF file, got {path} that cannot be read ({reason})"
-        ) from error
+        raise ValueError(f"expected a PDB or mmCIF file, got {path} that cannot be read ({reason})") from error
     if atoms is None or atoms.numAtoms() == 0:
         raise ValueError(f"expected a PDB or mmCIF file, got {path} without atoms; try opening it as text")
     if "cif" in suffix:
@@ -183,9 +172,7 @@ def _clean(source: prody.Atomic) -> prody.AtomGroup:
     elements[unknown] = guess_elements(names[unknown], resnames[unknown])
     coords = source.getCoords()
     if coords is None or not np.isfinite(coords).all():
-        raise ValueError(
-            f"expected finite coordinates, got NaN or none in {source.getTitle()}; try another file"
-        )
+        raise ValueError(f"expected finite coordinates, got NaN or none in {source.getTitle()}; try another file")
 
     atoms = prody.AtomGroup(source.getTitle())
     atoms.setCoords(np.array(coords, dtype=float))
@@ -235,9 +222,7 @@ def write_pdb(atoms: prody.AtomGroup, title: str, path: str | os.PathLike) -> No
     """Write a PDB file whole or not at all; a chain id longer than the format's one letter gets another."""
     path = Path(path)
     if not path.name.lower().endswith((".pdb", ".pdb.gz")):
-        raise ValueError(
-            f"expected a file name ending in .pdb or .pdb.gz, got {path.name}; try {path.stem}.pdb"
-        )
+        raise ValueError(f"expected a file name ending in .pdb or .pdb.gz, got {path.name}; try {path.stem}.pdb")
     atoms, chids = atoms.copy(), atoms.getChids()
     present = list(dict.fromkeys(chids))
     free = [letter for letter in string.ascii_letters + string.digits if letter not in present]

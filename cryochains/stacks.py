@@ -57,13 +57,9 @@ class StackFile:
                 shape, dtype = data_shape_from_header(mrc.header), data_dtype_from_header(mrc.header)
                 start = mrc.header.nbytes + int(mrc.header.nsymbt)
         except (ValueError, OSError) as error:
-            raise ValueError(
-                f"expected an MRC stack, got {path} ({error}); try exporting it again"
-            ) from error
+            raise ValueError(f"expected an MRC stack, got {path} ({error}); try exporting it again") from error
         if len(shape) == 4 or dtype.kind == "c":
-            raise ValueError(
-                f"expected a stack of real images, got volumes or transforms in {path}; try its images"
-            )
+            raise ValueError(f"expected a stack of real images, got volumes or transforms in {path}; try its images")
         n_images, height, width = (1, *shape) if len(shape) == 2 else shape
         if height != width or width < 2 or width % 2:
             raise ValueError(
@@ -82,9 +78,7 @@ class StackFile:
     def read(self, slices: np.ndarray) -> np.ndarray:
         """(n, box, box) images at these places of the stack."""
         if not self.path.is_file() or _stamp(self.path) != self.stamp:
-            raise ValueError(
-                f"expected {self.path} as it was when loaded, got it changed or gone; try loading again"
-            )
+            raise ValueError(f"expected {self.path} as it was when loaded, got it changed or gone; try loading again")
         # The stamp is part of the key, so that a file written anew is opened anew.
         mapped = _open_mapped(self.path, self.stamp).data
         return mapped.reshape(-1, self.box_size, self.box_size)[slices]
@@ -160,9 +154,7 @@ class Images:
             stack = self.stacks[self.stack_index[bad[0]]]
             place = f" of {stack.path}" if isinstance(stack, StackFile) else ""
             number = self.slice_index[bad[0]] + 1
-            raise ValueError(
-                f"expected finite pixels, got NaN or Inf in image {number}{place}; try leaving it out"
-            )
+            raise ValueError(f"expected finite pixels, got NaN or Inf in image {number}{place}; try leaving it out")
         return torch.from_numpy(images if self.sign == 1 else images * np.float32(self.sign))
 
 
@@ -181,9 +173,7 @@ def positions(rows, n: int) -> np.ndarray:
     return rows % max(n, 1)
 
 
-def write_stack(
-    path: Path, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float
-) -> None:
+def write_stack(path: Path, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float) -> None:
     """Write `n_images` float32 images to an MRC stack, a (k, box, box) tensor of `chunks` at a time."""
     with mrcfile.new_mmap(path, (n_images, box_size, box_size), mrc_mode=2, overwrite=True) as mrc:
         mrc.set_image_stack()

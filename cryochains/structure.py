@@ -119,10 +119,7 @@ class Structure:
     @cached_property
     def content_hash(self) -> str:
         """16 hex digits of the nodes (to 1e-3 Å), their residues and the bodies; free of file names."""
-        parts = [
-            getattr(self.atoms, f"get{field}")()[self.node_rows]
-            for field in ("Resnums", "Icodes", "Resnames")
-        ]
+        parts = [getattr(self.atoms, f"get{field}")()[self.node_rows] for field in ("Resnums", "Icodes", "Resnames")]
         text = "\n".join(" ".join(map(str, part)) for part in (self.chain_ids, self.node_chain, *parts))
         milli = np.round(self.node_coords * 1000).astype("<i8")
         return hashlib.sha256(text.encode() + milli.tobytes()).hexdigest()[:16]
@@ -234,9 +231,7 @@ def load_structure(
         raise ValueError(f"expected protein or nucleic acid, got no Cα and no P in {name}; try another file")
     if bodies is not None:
         if chains is not None:
-            raise ValueError(
-                "expected chains or bodies, got both; try selecting the chains within the bodies"
-            )
+            raise ValueError("expected chains or bodies, got both; try selecting the chains within the bodies")
         ids, body = _by_selection(group, bodies)
     else:
         ids, body = _by_chain(name, group, nodes, chains)
@@ -284,9 +279,7 @@ def _by_selection(atoms: prody.AtomGroup, bodies: Mapping[str, str]) -> tuple[li
             with quiet_prody():
                 selected = atoms.select(text)
         except prody.SelectionError as error:
-            raise ValueError(
-                f"expected a ProDy selection for body {name!r}, got {text!r} ({error})"
-            ) from error
+            raise ValueError(f"expected a ProDy selection for body {name!r}, got {text!r} ({error})") from error
         if selected is None:
             raise ValueError(f"expected atoms in body {name!r}, got none for {text!r}; try another selection")
         taken = body[selected.getIndices()]
@@ -313,9 +306,7 @@ def _by_chain(
         ids = [chains] if isinstance(chains, str) else list(chains)
     absent = [chain for chain in ids if chain not in present]
     if absent or not ids:
-        raise ValueError(
-            f"expected chains among {' '.join(present)} of {name}, got {', '.join(absent) or 'none'}"
-        )
+        raise ValueError(f"expected chains among {' '.join(present)} of {name}, got {', '.join(absent) or 'none'}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"expected every chain once, got {' '.join(ids)}")
     body = np.full(len(chids), -1)

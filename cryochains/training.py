@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .files import load_tensors, save_tensors
+from .files import fingerprint, load_tensors, save_tensors
 from .metrics import score_motion
 from .model import CryoChains
 from .particles import ParticleStack
@@ -51,8 +51,8 @@ def fit(
         Only `train` is learned from; `held_out` decides when to stop and is scored each epoch.
     patience : int
         Stop after this many epochs without a lower held-out loss.
-    precision : {"no", "bf16", "fp16"}
-        Mixed precision, by accelerate, which also chooses the device: a GPU where there is one.
+    precision : {"no", "bf16"}
+        Mixed precision of the encoder, by accelerate, which also chooses the device: a GPU where there is one.
     checkpoint : path, optional
         Written after every epoch; a run that was cut resumes from it and gives the same numbers.
 
@@ -75,12 +75,19 @@ def fit(
     >>> len(history)
     1
     """
-    accelerator = Accelerator(mixed_precision=precision)
+    if not (len(train) and len(held_out)):
+        raise ValueError(
+            f"expected particles to train on and to hold out, got {len(train)} and {len(held_out)}; "
+            "try particles.split(validation=0.1)"
+        )
+    # Not Apple's MPS, which accelerate would choose: it has no float64, and the scores need it.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     model.to(accelerator.device)
     if checkpoint is None or not Path(checkpoint).exists():
         model.estimate_contrast(train)
     optimizer = torch.optim.Adam(model.encoder.parameters(), lr=learning_rate)
-    run = _Run(model, optimizer)
+    data = fingerprint(train.fingerprint(), held_out.fingerprint(), learning_rate, batch_size, seed)
+    run = _Run(model, optimizer, data)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     encoder, optimizer = accelerator.prepare(model.encoder, optimizer)
@@ -145,8 +152,8 @@ def _evaluate(model, number, train_loss, held_out, loss_of, batch_size) -> Epoch
 class _Run:
     """What a training run must remember to go on as if it had never stopped."""
 
-    def __init__(self, model: CryoChains, optimizer: torch.optim.Optimizer):
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: CryoChains, optimizer: torch.optim.Optimizer, data: str):
+        self.model, self.optimizer, self.data = model, optimizer, data
         self.history: list[Epoch] = []
         self.best = self._weights()
 
@@ -169,7 +176,7 @@ class _Run:
         encoder = self.model.encoder
         return {
             "structure_hash": self.model.structure.content_hash, "n_latents": self.model.dynamics.n_latents,
-            "box_size": encoder.box_size, "width": encoder.width, "pool": encoder.pool,
+            "data and settings": self.data, "box_size": encoder.box_size, "width": encoder.width, "pool": encoder.pool,
         }  # fmt: skip
 
     def save(self, path) -> None:
@@ -193,7 +200,8 @@ class _Run:
         groups: dict[str, dict] = {"last": {}, "best": {}, "adam": {}}
         for name, value in tensors.items():
             group, _, rest = name.partition("/")
-            groups[group][rest] = value.to(self.model.device)
+            # Adam counts its steps on the CPU.
+            groups[group][rest] = value if rest.endswith("/step") else value.to(self.model.device)
         self.model.encoder.load_state_dict(groups["last"])
         self.model.contrast.fill_(meta["contrast"])
         self.best = groups["best"]

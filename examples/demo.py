@@ -47,7 +47,7 @@ def main() -> None:
     limit = cc.information_limit(model, test)
 
     motions = cc.compute_pca(model.dynamics, refined.latents)
-    ends = model.decode(motions.traverse(0, n=2).to(model.device)).cpu()
+    ends = model.decode(motions.traverse(0, n=2)).cpu()
     states = torch.tensor(np.stack([closed.coords, opened.coords]), dtype=torch.float32)
     distances = torch.stack([cc.rmsd(end.expand_as(states), states) for end in ends])
     # The sign of a component is arbitrary: its low end may be either state.

@@ -96,6 +96,8 @@ def page(address):
         page.set_default_timeout(60_000)
         page.goto(address)
         yield page
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=PICTURES / "4-end-page.png")  # what it looked like where a test failed
         browser.close()
 
 
