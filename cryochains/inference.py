@@ -100,7 +100,8 @@ def refine(
         path = checkpoint if checkpoint is None or number == 0 else f"{checkpoint}.block{number}"
         part = None if start is None else start[rows]
         passes = _Passes(model, particles[rows], part, population, blurs, batch_size, path)
-        population, steps = passes.run(progress)
+        learned, steps = passes.run(progress)
+        population = population or learned
         latents[rows], std[rows] = passes.proposal.cpu(), passes.std.cpu()
         history = history or steps
         # Its normal equations are the bulk of the memory: gone before the next block makes its own.
@@ -308,16 +309,10 @@ class _Passes:
 
 
 def _check(model: CryoChains, particles: ParticleStack, population: Population | None, start, blurs) -> None:
-    imaging, n_latents = model.imaging, model.dynamics.n_latents
-    if not len(particles):
-        raise ValueError("expected at least one particle, got none; try another selection or split")
+    n_latents = model.dynamics.n_latents
+    model.check_particles(particles)
     if not blurs:
         raise ValueError("expected at least one blur in Å, got none; try blurs=(0.0,)")
-    if particles.box_size != imaging.box_size or abs(particles.pixel_size - imaging.pixel_size) > 1e-3:
-        raise ValueError(
-            f"expected particles of {imaging.box_size} px × {imaging.pixel_size:g} Å, got {particles.box_size} px × "
-            f"{particles.pixel_size:g} Å; try CryoChains.for_particles"
-        )
     if population is not None and population.structure_hash != model.structure.content_hash:
         raise ValueError(
             f"expected a population of {model.structure!r}, got one of another molecule; try population=None"

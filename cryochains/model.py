@@ -111,6 +111,17 @@ class CryoChains(nn.Module):
         """(b, box, box) reconstruction of (b, box, box) images seen at the given poses."""
         return self.render(self.encode(images), rotations, shifts, ctf)
 
+    def check_particles(self, particles) -> None:
+        """Raise ValueError when `particles` are none, or of another box or pixel size than this model's."""
+        if not len(particles):
+            raise ValueError("expected at least one particle, got none; try another selection or split")
+        box, pixel = self.imaging.box_size, self.imaging.pixel_size
+        if particles.box_size != box or abs(particles.pixel_size - pixel) > 1e-3:
+            raise ValueError(
+                f"expected particles of {box} px × {pixel:g} Å, got {particles.box_size} px × "
+                f"{particles.pixel_size:g} Å; try CryoChains.for_particles"
+            )
+
     @torch.no_grad()
     def estimate_contrast(self, particles, n: int = 500) -> float:
         """Measure how bright the images are over the reference's projections, by regression on up to `n` of them.

@@ -52,7 +52,7 @@ def fit(
     patience : int
         Stop after this many epochs without a lower held-out loss.
     precision : {"no", "bf16"}
-        Mixed precision of the encoder, by accelerate, which also chooses the device: a GPU where there is one.
+        Of the encoder. (The device is chosen by accelerate: a GPU where there is one.)
     checkpoint : path, optional
         Written after every epoch; a run that was cut resumes from it and gives the same numbers.
 
@@ -80,8 +80,12 @@ def fit(
             f"expected particles to train on and to hold out, got {len(train)} and {len(held_out)}; "
             "try particles.split(validation=0.1)"
         )
+    if precision not in ("no", "bf16"):
+        raise ValueError(f'expected precision "no" or "bf16", got {precision!r}')
+    for particles in (train, held_out):
+        model.check_particles(particles)
     # Not Apple's MPS, which accelerate would choose: it has no float64, and the scores need it.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model.to(accelerator.device)
     if checkpoint is None or not Path(checkpoint).exists():
         model.estimate_contrast(train)
@@ -93,7 +97,8 @@ def fit(
     encoder, optimizer = accelerator.prepare(model.encoder, optimizer)
 
     def loss_of(batch) -> Tensor:
-        with accelerator.autocast():
+        # accelerate takes one precision a process, and a notebook may want to try both.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
             latents = encoder(batch.images)
         # The projection stays in float32: half precision there costs more accuracy than time.
         return (model.render(latents.float(), *batch.pose) - batch.images).square().mean()
@@ -109,9 +114,9 @@ def fit(
             # The order depends on the epoch alone, so a resumed run sees the same batches.
             for batch in train.batches(batch_size, device=model.device, seed=seed + number):
                 loss = loss_of(batch)
-                if not torch.isfinite(loss):
+                if not torch.isfinite(loss.detach()):
                     raise ValueError(
-                        f"expected a finite loss, got {float(loss)} in epoch {number + 1}; "
+                        f"expected a finite loss, got {float(loss.detach())} in epoch {number + 1}; "
                         "try a lower learning_rate, precision='no', and check the images for NaN"
                     )
                 optimizer.zero_grad()

@@ -191,8 +191,10 @@ def test_a_given_population_is_used_and_not_changed(closed, small, refined):
     mean, covariance = population.mean.clone(), population.covariance.clone()
     model = make_model(closed, small)
     found = refine(model, small[50:], population, blurs=BLURS, progress=False)
-    assert found.population is population
-    assert torch.equal(population.mean, mean) and torch.equal(population.covariance, covariance)
+    for after in (population, found.population):
+        assert torch.equal(after.mean, mean) and torch.equal(after.covariance, covariance)
+    for name in ("noise_std", "contrast", "structure_hash"):
+        assert getattr(found.population, name) == pytest.approx(getattr(population, name))
     assert float(model.contrast) == pytest.approx(population.contrast)
 
 
@@ -297,12 +299,17 @@ def test_checkpoint_of_another_run_is_refused(closed, opened, small, tmp_path):
     assert checkpoint.read_bytes() == content
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint knows its particles by their number only")
-def test_checkpoint_of_other_particles_is_refused(closed, small, tmp_path):
+def test_checkpoint_of_other_particles_or_settings_is_refused(closed, small, refined, tmp_path):
     settings = {"blurs": (6.0,), "progress": False, "checkpoint": tmp_path / "run.safetensors"}
     refine(make_model(closed, small), small[:10], **settings)
-    with pytest.raises(ValueError, match="expected a checkpoint of .* try another checkpoint path"):
-        refine(make_model(closed, small), small[10:20], **settings)
+    for particles, other in (
+        (small[10:20], {}),
+        (small[:10], {"blurs": (6.0, 0.0)}),
+        (small[:10], {"population": refined.population}),
+        (small[:10], {"start": torch.ones(10, 16)}),
+    ):
+        with pytest.raises(ValueError, match="expected a checkpoint of .* try another checkpoint path"):
+            refine(make_model(closed, small), particles, **settings | other)
 
 
 def test_files_that_are_no_checkpoint(closed, small, refined, tmp_path):
@@ -349,7 +356,7 @@ def test_population_of_another_molecule(closed, small, refined):
 
 
 def test_start_of_another_shape(closed, small):
-    with pytest.raises(ValueError, match=r"expected start of shape \(5, 16\), got \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"expected .*start.* of shape \(5, 16\), got \(5, 3\)"):
         refine(make_model(closed, small), small[:5], start=torch.zeros(5, 3), progress=False)
 
 

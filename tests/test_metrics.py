@@ -9,14 +9,7 @@ import torch
 import cryochains.metrics
 from cryochains.dynamics import Dynamics
 from cryochains.matching import morph
-from cryochains.metrics import (
-    correlation,
-    information_limit,
-    rmsd,
-    score_motion,
-    true_latents,
-    true_population,
-)
+from cryochains.metrics import correlation, information_limit, rmsd, score_motion, true_latents, true_population
 from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
 from cryochains.particles import ParticleStack

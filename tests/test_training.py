@@ -33,7 +33,7 @@ def make(structure, particles, **settings) -> CryoChains:
 
 def run(structure, sets, model=None, **settings):
     model = model or make(structure, sets[0])
-    settings = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "progress": False} | settings
+    settings = {"epochs": 4, "batch_size": 16, "learning_rate": 0.05, "progress": False} | settings
     return model, fit(model, *sets, **settings)
 
 
@@ -43,7 +43,11 @@ def weights(model) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained(closed, sets):
-    return run(closed, sets, epochs=4)
+    """With a step so large that the last epoch is not the best: both sets of weights count."""
+    model, history = run(closed, sets)
+    losses = [epoch.held_out_loss for epoch in history]
+    assert len(losses) == 4 and losses.index(min(losses)) < 3
+    return model, history
 
 
 def without_truth(particles) -> ParticleStack:
@@ -56,7 +60,7 @@ def without_truth(particles) -> ParticleStack:
 
 
 def test_learns(closed, sets):
-    model, history = run(closed, sets, epochs=10, patience=10)
+    model, history = run(closed, sets, epochs=10, learning_rate=0.01, patience=10)
     assert [epoch.epoch for epoch in history] == list(range(1, 11))
     assert history[-1].train_loss < history[0].train_loss
     assert min(epoch.held_out_loss for epoch in history) < history[0].held_out_loss
@@ -69,12 +73,11 @@ def test_only_the_encoder_learns(closed, sets, trained):
     fresh = make(closed, sets[0])
     assert not torch.equal(weights(model), weights(fresh))
     torch.testing.assert_close(model.dynamics.reference, fresh.dynamics.reference, rtol=0, atol=0)
-    assert float(model.contrast) == pytest.approx(1.0, rel=0.1), "measured before the first epoch"
+    assert float(model.contrast) != 1.0, "measured before the first epoch"
 
 
-def test_ends_with_the_best_weights(closed, sets):
-    """A step so large that the last epochs are not the best."""
-    model, history = run(closed, sets, epochs=6, learning_rate=0.1, patience=6)
+def test_ends_with_the_best_weights(sets, trained):
+    model, history = trained
     assert not model.training
     total = 0.0
     with torch.no_grad():
@@ -138,11 +141,25 @@ def test_protein_dark_images(closed, sets):
 
 def test_seed_decides_everything(closed, sets, trained):
     torch.manual_seed(123)
-    again, history = run(closed, sets, epochs=4)
+    again, history = run(closed, sets)
     assert torch.equal(weights(again), weights(trained[0]))
     assert history == trained[1]
-    other, _ = run(closed, sets, epochs=4, seed=1)
+    other, _ = run(closed, sets, seed=1)
     assert not torch.equal(weights(other), weights(trained[0]))
+
+
+def test_every_epoch_has_an_order_of_its_own(closed, sets, monkeypatch):
+    original, orders = ParticleStack.batches, []
+
+    def batches(self, *args, seed=None, **kwargs):
+        if seed is not None:
+            orders.append(torch.cat([batch.rows for batch in original(self, 64, seed=seed)]).tolist())
+        return original(self, *args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(ParticleStack, "batches", batches)
+    run(closed, sets, epochs=3)
+    assert len(orders) == 3 and len(set(map(tuple, orders))) == 3
+    assert all(sorted(order) == list(range(44)) for order in orders), "each particle once an epoch"
 
 
 @pytest.mark.parametrize("first", [1, 3])
@@ -150,7 +167,7 @@ def test_more_epochs_continue_a_checkpoint(closed, sets, trained, tmp_path, firs
     checkpoint = tmp_path / "run.safetensors"
     run(closed, sets, epochs=first, checkpoint=checkpoint)
     # Another seed of the weights: all that counts is in the file.
-    resumed, history = run(closed, sets, make(closed, sets[0], seed=9), epochs=4, checkpoint=checkpoint)
+    resumed, history = run(closed, sets, make(closed, sets[0], seed=9), checkpoint=checkpoint)
     assert history == trained[1]
     assert torch.equal(weights(resumed), weights(trained[0]))
     assert float(resumed.contrast) == float(trained[0].contrast)
@@ -170,17 +187,17 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(closed, sets, trained,
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CryoChains, "render", render)
-        run(closed, sets, epochs=4, checkpoint=checkpoint)
-    resumed, history = run(closed, sets, epochs=4, checkpoint=checkpoint)
+        run(closed, sets, checkpoint=checkpoint)
+    resumed, history = run(closed, sets, checkpoint=checkpoint)
     assert history == trained[1]
     assert torch.equal(weights(resumed), weights(trained[0]))
 
 
 def test_a_finished_run_only_loads(closed, sets, trained, tmp_path, monkeypatch):
     checkpoint = tmp_path / "run.safetensors"
-    run(closed, sets, epochs=4, checkpoint=checkpoint)
+    run(closed, sets, checkpoint=checkpoint)
     monkeypatch.setattr(CryoChains, "render", lambda *args: pytest.fail("nothing is left to do"))
-    model, history = run(closed, sets, epochs=4, checkpoint=checkpoint)
+    model, history = run(closed, sets, checkpoint=checkpoint)
     assert history == trained[1] and torch.equal(weights(model), weights(trained[0]))
 
 
@@ -195,6 +212,9 @@ def test_checkpoint_of_another_molecule_or_model_is_refused(closed, opened, sets
     ):
         with pytest.raises(ValueError, match=f"expected a checkpoint of .*differs in .*{difference}.*try another"):
             run(closed, sets, model, epochs=2, checkpoint=checkpoint)
+    for other in ({"sets": (sets[0], sets[1][:9])}, {"sets": (sets[1], sets[0])}, {"learning_rate": 0.01}, {"seed": 4}):
+        with pytest.raises(ValueError, match="expected a checkpoint of .*differs in .*data.*try another"):
+            run(closed, **{"sets": sets, "epochs": 2, "checkpoint": checkpoint} | other)
     assert checkpoint.read_bytes() == content
 
 
@@ -216,30 +236,27 @@ def test_mixed_precision(closed, sets, trained):
     assert history[0].held_out_loss == pytest.approx(trained[1][0].held_out_loss, rel=0.05)
 
 
-@pytest.mark.xfail(strict=True, reason="accelerate takes no second precision in one process, such as a notebook")
 def test_another_precision_in_the_same_notebook(closed, sets, trained):
     run(closed, sets, epochs=1, precision="no")
     run(closed, sets, epochs=1, precision="bf16")
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="fit does not compare the particles' size with the model's")
 def test_images_of_another_size(closed, sets):
     model = CryoChains(closed, box_size=48, pixel_size=sets[0].pixel_size, modes=None, width=0.05)
     with pytest.raises(ValueError, match="expected (images|particles) of 48 px"):
         run(closed, sets, model)
 
 
-@pytest.mark.xfail(strict=True, reason="fit does not compare the particles' size with the model's")
 def test_pixels_of_another_size(closed, sets):
     model = CryoChains(closed, box_size=32, pixel_size=1.2 * sets[0].pixel_size, modes=None, width=0.05)
     with pytest.raises(ValueError, match="expected particles of 32 px"):
         run(closed, sets, model)
 
 
-@pytest.mark.xfail(strict=True, reason="an error of torch, after a whole epoch of training")
-def test_held_out_set_without_particles(closed, sets):
-    with pytest.raises(ValueError, match="expected at least one .*held.out"):
-        run(closed, (sets[0], sets[1][:0]))
+def test_sets_without_particles(closed, sets):
+    for empty in ((sets[0], sets[1][:0]), (sets[0][:0], sets[1])):
+        with pytest.raises(ValueError, match="expected particles to train on and to hold out, got"):
+            run(closed, empty)
 
 
 def test_history_is_plain_numbers(trained):
