@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .files import fingerprint, load_tensors, save_tensors
-from .likelihood import independent_pixels, normal_equations
+from .likelihood import independent_pixels, map_blocks, normal_equations
 from .model import CryoChains, check_contrast
 from .particles import ParticleStack
 from .population import Population, Refinement, elastic_variance, shrink_covariance
@@ -255,12 +255,10 @@ class _Passes:
         n, p = self.latents.shape
         precision = self.covariance.inverse()
         means = torch.empty_like(self.latents)
-        total, trace = torch.zeros_like(self.covariance), 0.0
-        for start in range(0, n, 256):
-            rows = slice(start, start + 256)
+
+        def solve(rows: slice) -> tuple[Tensor, float]:
             hessian = self.hessian[rows].double() / self.noise_std**2
-            factor = torch.linalg.cholesky(hessian + precision)
-            covariance = torch.cholesky_inverse(factor)
+            covariance = torch.cholesky_inverse(torch.linalg.cholesky(hessian + precision))
             right = self.right[rows].double() / self.noise_std**2 + precision @ self.mean
             damped = self.damping[rows].double()
             if damped.any():
@@ -271,8 +269,10 @@ class _Passes:
                 z = (covariance @ right.unsqueeze(-1)).squeeze(-1)
             means[rows] = z.float()
             self.std[rows] = covariance.diagonal(dim1=1, dim2=2).sqrt().float()
-            total += covariance.sum(0)
-            trace += float((covariance * hessian).sum())
+            return covariance.sum(0), float((covariance * hessian).sum())
+
+        parts = map_blocks(solve, [slice(start, start + 64) for start in range(0, n, 64)], means.device)
+        total, trace = sum(part[0] for part in parts), sum(part[1] for part in parts)
         if not self.fixed:
             self.mean = means.double().mean(0)
             off = means.double() - self.mean

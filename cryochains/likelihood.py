@@ -6,6 +6,7 @@ Everything is summed in Fourier space (Parseval), so the CTF costs one product a
 of an image is left out: particle extraction normalises it away.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -66,9 +67,7 @@ def normal_equations(
     low_pass = gaussian_transfer(box, imaging.pixel_size, blur, latents.device) if blur else 1.0
     rotations, shifts, ctf = pose
 
-    blocks = []
-    for start in range(0, len(latents), block):
-        rows = slice(start, start + block)
+    def linearise(rows: slice) -> NormalEquations:
         z, frame = latents[rows], rotations[rows][:, :2]
         transfer = model.contrast * (weights if ctf is None else weights * ctf[rows])
         coords = dynamics.decode(z)
@@ -85,17 +84,39 @@ def normal_equations(
         if images is not None:
             data = _flat(torch.fft.rfft2(images[rows], norm="ortho") * (weights * low_pass))
         residual = data - spectrum
-        blocks.append(
-            NormalEquations(
-                torch.bmm(jacobian, jacobian.transpose(1, 2)),
-                (jacobian @ residual.unsqueeze(-1)).squeeze(-1),
-                residual.square().sum(1),
-                (data * spectrum).sum(1),
-                spectrum.square().sum(1),
-            )
+        return NormalEquations(
+            torch.bmm(jacobian, jacobian.transpose(1, 2)),
+            (jacobian @ residual.unsqueeze(-1)).squeeze(-1),
+            residual.square().sum(1),
+            (data * spectrum).sum(1),
+            spectrum.square().sum(1),
         )
+
+    rows = [slice(start, start + block) for start in range(0, len(latents), block)]
+    blocks = map_blocks(linearise, rows, latents.device)
     fields = ("hessian", "gradient", "residual", "overlap", "power")
     return NormalEquations(*(torch.cat([getattr(block, name) for block in blocks]) for name in fields))
+
+
+def map_blocks(function, blocks: list, device: torch.device) -> list:
+    """``[function(block) for block in blocks]`` without gradients; on a CPU one thread takes a whole block.
+
+    Threads that share every small operation wait for each other after each: on a machine with other work to do that
+    took forty times as long, and on an idle one half as long again.
+    """
+    threads = torch.get_num_threads()
+
+    def without_gradients(block):
+        with torch.no_grad():
+            return function(block)
+
+    if device.type != "cpu" or threads == 1 or len(blocks) == 1:
+        return [without_gradients(block) for block in blocks]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(without_gradients, blocks))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _half_weights(box_size: int, device) -> Tensor:

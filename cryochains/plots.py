@@ -80,7 +80,7 @@ def plot_refinement(history) -> Figure:
 def plot_latent_space(
     motions: PrincipalMotions, scores: np.ndarray | None = None, truth: np.ndarray | None = None, title: str = ""
 ) -> Figure:
-    """Density of the particles on the first two components, and against a true coordinate where one is known.
+    """Particles, or their density where they are many, on two components, and against a true coordinate where known.
 
     `scores` (N, k) default to those the components were found from; `truth` (N,) is a true coordinate. `title` should
     carry the number that says whether the picture means something.
@@ -89,7 +89,10 @@ def plot_latent_space(
     figure, axes = _figure(1, 1 if truth is None else 2, 4.6 if truth is None else 9, 4)
     shares = 100 * motions.explained_variance_ratio
     names = [f"PC{k + 1} (Å, {share:.0f} %)" for k, share in enumerate(shares)]
-    if scores.shape[1] > 1:
+    if scores.shape[1] > 1 and len(scores) < 2000:
+        axes[0, 0].plot(scores[:, 0], scores[:, 1], ".", color=COLORS[0], alpha=0.4, markersize=4)
+        axes[0, 0].set(xlabel=names[0], ylabel=names[1], title=motions.label)
+    elif scores.shape[1] > 1:
         hexes = axes[0, 0].hexbin(scores[:, 0], scores[:, 1], gridsize=40, mincnt=1, cmap="viridis")
         figure.colorbar(hexes, label="particles", ax=axes[0, 0])
         axes[0, 0].set(xlabel=names[0], ylabel=names[1], title=motions.label)

@@ -277,6 +277,45 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(closed, small, refined
     assert_same(resumed, whole)
 
 
+def spoil_second_look(monkeypatch, n_spoiled: int):
+    """Let the second pass find that the step of the first particles made them worse."""
+    original, looks = cryochains.inference.normal_equations, []
+
+    def look(model, images, pose, latents, *args):
+        equations = original(model, images, pose, latents, *args)
+        if len(looks) == 1:
+            equations.residual[:n_spoiled] += 1e6
+        looks.append(latents.clone())
+        return equations
+
+    monkeypatch.setattr(cryochains.inference, "normal_equations", look)
+    return looks
+
+
+def test_steps_that_made_things_worse_are_taken_back(closed, small, refined, monkeypatch, tmp_path):
+    settings = {"blurs": (0.0,) * 5, "batch_size": 64, "progress": False}
+    arguments = (small[:20], refined.population)
+    good = refine(make_model(closed, small), *arguments, **settings)
+    looks = spoil_second_look(monkeypatch, 6)
+    whole = refine(make_model(closed, small), *arguments, **settings)
+    assert [len(look) for look in looks[:4]] == [20, 20, 6, 20], "the spoiled ones, and no others, are seen again"
+    assert torch.equal(looks[2], looks[0][:6]), "where they were before the step"
+    shorter = (looks[3][:6] - looks[0][:6]).norm(dim=1) < (looks[1][:6] - looks[0][:6]).norm(dim=1)
+    assert shorter.all(), "and step again with more care"
+    assert [step["refused"] for step in whole.history[:3]] == [0, 6, 0]
+    torch.testing.assert_close(whole.latents[6:], good.latents[6:], rtol=0, atol=0.1)
+    scores = score_motion(make_model(closed, small).dynamics, whole.latents, small[:20])
+    assert scores.explained_motion > 0.5
+
+    # How careful a particle has become is part of what a cut run remembers.
+    looks.clear()
+    checkpoint = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_after(patch, 3)
+        refine(make_model(closed, small), *arguments, checkpoint=checkpoint, **settings)
+    assert_same(refine(make_model(closed, small), *arguments, checkpoint=checkpoint, **settings), whole)
+
+
 def test_a_finished_run_is_read_from_its_checkpoint(closed, small, tmp_path, monkeypatch):
     settings = {"blurs": BLURS[:2], "progress": False, "checkpoint": tmp_path / "run.safetensors"}
     first = refine(make_model(closed, small), small[:10], **settings)
