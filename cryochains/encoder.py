@@ -69,6 +69,10 @@ class Encoder(nn.Module):
             }
             heads = {kind: _head(filters[-1] * side**2, hidden, size) for kind, size in sizes.items() if size}
             self.heads.append(nn.ModuleDict(heads))
+        for layer in [*self.features, *(part for heads in self.heads for head in heads.values() for part in head[:-1])]:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                # torch's own initial weights let features fade over ten layers until they hardly depend on the image.
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         radius = [float(1 / dynamics.scale[c.rotation.start]) if dynamics.rotation else 1.0 for c in self.chains]
         self.register_buffer("radius", torch.tensor(radius), persistent=False)
 
