@@ -31,7 +31,7 @@ BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
 # Passes at the last blur go on, up to so many, while particles still move by more than this (RMS Å).
 MAX_EXTRA_PASSES, STILL = 4, 0.1
 # EM on the stored normal equations: few steps while they will be made anew, more at the end; stop at a change in Å.
-EM_STEPS, LAST_EM_STEPS, EM_TOLERANCE = 10, 40, 3e-3
+EM_STEPS, LAST_EM_STEPS, EM_TOLERANCE = 10, 20, 3e-3
 # The brightness is measured where a misplaced atom does not lower it.
 CONTRAST_BLUR = 4.0
 
@@ -122,8 +122,13 @@ def posterior_covariance(model: CryoChains, particles: ParticleStack, refinement
     z = refinement.latents[rows].to(model.device)
     covariances = []
     for batch in particles[rows].batches(64, device=model.device):
-        equations = normal_equations(model, None, batch.pose, z[batch.rows])
-        covariances.append(_posterior_precision(equations.hessian, population).inverse())
+        covariance = None
+        # Atoms are as wide as they are uncertain: found sharp first, then as the refinement saw them.
+        for _ in range(2):
+            equations = normal_equations(model, None, batch.pose, z[batch.rows], covariance=covariance)
+            exact = _posterior_precision(equations.hessian, population).inverse()
+            covariance = exact.float()
+        covariances.append(exact)
     return torch.cat(covariances)
 
 
@@ -199,7 +204,9 @@ class _Passes:
         for batch in self.particles.batches(self.batch_size, device=model.device):
             rows = torch.as_tensor(batch.rows, device=model.device)
             z = self.proposal[rows]
-            eq = normal_equations(model, batch.images, batch.pose, z, blur)
+            # What is known so far of each particle: atoms whose place is uncertain are drawn as wide as that.
+            known = torch.linalg.inv(self.hessian[rows] / (self.noise_std or 1.0) ** 2 + precision.float())
+            eq = normal_equations(model, batch.images, batch.pose, z, blur, known)
             if self.noise_std is None:
                 self.noise_std = float((eq.residual.mean() / pixels).sqrt())
             objective = self._objective(eq.residual, z, precision)
@@ -211,7 +218,7 @@ class _Passes:
                 # Rare: go back and look again from the last good place, with a shorter step this time.
                 back = [None if part is None else part[worse] for part in batch.pose]
                 z = torch.where(worse.unsqueeze(1), self.latents[rows], z)
-                again = normal_equations(model, batch.images[worse], tuple(back), z[worse], blur)
+                again = normal_equations(model, batch.images[worse], tuple(back), z[worse], blur, known[worse])
                 hessian[worse], gradient[worse], rss[worse] = again.hessian, again.gradient, again.residual
                 refused += int(worse.sum())
             self.damping[rows] = torch.where(worse, (8 * self.damping[rows]).clamp_min(1.0), self.damping[rows] / 8)

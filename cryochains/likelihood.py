@@ -6,6 +6,7 @@ Everything is summed in Fourier space (Parseval), so the CTF costs one product a
 of an image is left out: particle extraction normalises it away.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from .model import CryoChains
 
 # Working memory of one block of Jacobians: small enough for a laptop's cache, large enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**31}
+# Å, no atom is drawn wider for being uncertain: one that could become fog would, wherever the model does not fit.
+FOG = 4.0
+# Pixels of a blurred image, in widths of a blurred atom: at its Nyquist frequency 0.05 % of an atom is left.
+COARSE = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +40,18 @@ class NormalEquations:
 
 def independent_pixels(model: CryoChains, blur: float = 0.0) -> float:
     """Sum of the squared filter over all frequencies but the mean: what ‖noise‖² divides by to give its variance."""
-    imaging = model.imaging
-    power = _half_weights(imaging.box_size, model.device)
-    if blur:
-        power = power * gaussian_transfer(imaging.box_size, imaging.pixel_size, blur, model.device).square()
-    return float(power.sum())
+    box, weights, low_pass = _band(model, blur)
+    return float((weights * low_pass).square().sum())
 
 
 @torch.no_grad()
 def normal_equations(
-    model: CryoChains, images: Tensor | None, pose: tuple, latents: Tensor, blur: float = 0.0
+    model: CryoChains,
+    images: Tensor | None,
+    pose: tuple,
+    latents: Tensor,
+    blur: float = 0.0,
+    covariance: Tensor | None = None,
 ) -> NormalEquations:
     """Linearise the images of b particles at `latents` (b, p).
 
@@ -56,33 +63,40 @@ def normal_equations(
         Of the particles (see `Imaging.forward`).
     blur : float
         Å. Images and model are compared after a Gaussian blur: less information, but no local minimum within it.
+    covariance : (b, p, p) tensor, optional
+        How uncertain the latents are. Every atom is drawn as wide as its place on the image is then uncertain, which is
+        the image expected of it: a loose end that cannot be seen neither chases noise nor hides what could be seen.
     """
     imaging, dynamics = model.imaging, model.dynamics
-    p, box = dynamics.n_latents, imaging.box_size
+    p, full = dynamics.n_latents, imaging.box_size
+    box, weights, low_pass = _band(model, blur)
     n_atoms = max(layout.atoms.stop - layout.atoms.start for layout in dynamics.chains)
     bytes_each = 4 * box * p * (2 * n_atoms + 6 * box)
     block = max(1, BLOCK_BYTES["cuda" if latents.is_cuda else "cpu"] // bytes_each)
     sigma = (imaging.sigma**2 + blur**2) ** 0.5
-    weights = _half_weights(box, latents.device).sqrt()
-    low_pass = gaussian_transfer(box, imaging.pixel_size, blur, latents.device) if blur else 1.0
     rotations, shifts, ctf = pose
 
     def linearise(rows: slice) -> NormalEquations:
         z, frame = latents[rows], rotations[rows][:, :2]
-        transfer = model.contrast * (weights if ctf is None else weights * ctf[rows])
+        # The same integral sampled by fewer, larger pixels.
+        transfer = model.contrast * (full / box) * (weights if ctf is None else weights * _crop(ctf[rows], box))
         coords = dynamics.decode(z)
         xy = imaging.place(coords, rotations[rows], None if shifts is None else shifts[rows])
-        size = (box, imaging.pixel_size, sigma)
-        spectrum = _flat(torch.fft.rfft2(project(xy, imaging.weights, *size), norm="ortho") * transfer)
+        tangents = [dynamics.tangents(z, chain, frame) for chain in range(len(dynamics.chains))]
+        width = sigma
+        if covariance is not None:
+            width = (sigma**2 + _uncertainty(tangents, covariance[rows], dynamics.chains)).sqrt()
+        size = (box, imaging.pixel_size * full / box)
+        spectrum = _flat(torch.fft.rfft2(project(xy, imaging.weights, *size, width), norm="ortho") * transfer)
         jacobian = z.new_empty(len(z), p, spectrum.shape[1])
         for chain, layout in enumerate(dynamics.chains):
-            tangents = dynamics.tangents(z, chain, frame)
-            steps = project_tangents(xy[:, layout.atoms], tangents, imaging.weights[layout.atoms], *size)
+            own = width if covariance is None else width[:, layout.atoms]
+            steps = project_tangents(xy[:, layout.atoms], tangents[chain], imaging.weights[layout.atoms], *size, own)
             steps = torch.fft.rfft2(steps, norm="ortho").mul_(transfer.unsqueeze(-3))
             jacobian[:, layout.latents] = _flat(steps)
         data = spectrum
         if images is not None:
-            data = _flat(torch.fft.rfft2(images[rows], norm="ortho") * (weights * low_pass))
+            data = _flat(_crop(torch.fft.rfft2(images[rows], norm="ortho"), box) * (weights * low_pass))
         residual = data - spectrum
         return NormalEquations(
             torch.bmm(jacobian, jacobian.transpose(1, 2)),
@@ -119,12 +133,41 @@ def map_blocks(function, blocks: list, device: torch.device) -> list:
         torch.set_num_threads(threads)
 
 
-def _half_weights(box_size: int, device) -> Tensor:
-    """(box, box//2 + 1) how often each rfft2 coefficient counts in a sum over the whole plane; the mean counts 0."""
-    weights = torch.full((box_size, box_size // 2 + 1), 2.0, device=device)
+def _band(model: CryoChains, blur: float) -> tuple[int, Tensor, Tensor | float]:
+    """Box that holds all a blur leaves, the root of how often each of its rfft2 coefficients counts, and the filter.
+
+    The mean counts 0. A blurred image has nothing left at high frequencies: they are not computed.
+    """
+    imaging, device = model.imaging, model.device
+    full, side = imaging.box_size, imaging.box_size * imaging.pixel_size
+    box = full
+    if blur:
+        box = min(full, 2 * math.ceil(side / (2 * COARSE * math.hypot(imaging.sigma, blur))))
+    weights = torch.full((box, box // 2 + 1), 2.0, device=device)
     weights[:, 0] = weights[:, -1] = 1.0
     weights[0, 0] = 0.0
-    return weights
+    if box < full:
+        # The highest frequency of the smaller box stands for two of the larger one's.
+        weights[:, -1] = weights[box // 2] = 0.0
+    low_pass = _crop(gaussian_transfer(full, imaging.pixel_size, blur, device), box) if blur else 1.0
+    return box, weights.sqrt(), low_pass
+
+
+def _crop(spectrum: Tensor, box: int) -> Tensor:
+    """The low frequencies of (…, full, full//2 + 1): (…, box, box//2 + 1)."""
+    if box == spectrum.shape[-2]:
+        return spectrum
+    return torch.cat([spectrum[..., : box // 2, : box // 2 + 1], spectrum[..., -(box // 2) :, : box // 2 + 1]], dim=-2)
+
+
+def _uncertainty(tangents: list, covariance: Tensor, chains: tuple) -> Tensor:
+    """(b, n_atoms) variance in Å², along an axis of the image, of where latents of a `covariance` put each atom."""
+    parts = []
+    for layout, steps in zip(chains, tangents, strict=True):
+        flat = steps.flatten(2)
+        variance = ((covariance[:, layout.latents, layout.latents] @ flat) * flat).sum(1)
+        parts.append(variance.view(*variance.shape[:1], -1, 2).mean(-1))
+    return torch.cat(parts, dim=1).clamp(0, FOG**2)
 
 
 def _flat(spectrum: Tensor) -> Tensor:

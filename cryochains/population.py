@@ -14,6 +14,10 @@ from .files import load_tensors, save_tensors
 
 # Spread a chain is thought to have before any image was seen: RMS Å of bending, of turning and of shifting.
 START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
+# Å, no residue is thought to move by more along one mode.
+FARTHEST = 6.0
+# What is thought of the variances before any image was seen counts as much as so many particles.
+PRIOR_PARTICLES = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +89,11 @@ def elastic_variance(dynamics: Dynamics) -> Tensor:
     for chain, layout in enumerate(dynamics.chains):
         if dynamics.modes is not None:
             softness = 1 / dynamics.modes.eigenvalues[chain]
-            variance[layout.mode] = START_SPREAD["mode"] ** 2 * softness / softness.sum()
+            # A loose end is a soft mode of a few residues, which 1/λ alone would send tens of Å away.
+            vectors = dynamics.modes.vectors[chain]
+            farthest = vectors.shape[1] * (vectors**2).sum(-1).max(-1)
+            thermal = START_SPREAD["mode"] ** 2 * softness / softness.sum()
+            variance[layout.mode] = np.minimum(thermal, FARTHEST**2 / farthest)
         for kind in ("rotation", "translation"):
             variance[getattr(layout, kind)] = START_SPREAD[kind] ** 2 / 3
     return torch.from_numpy(variance)
@@ -102,5 +110,7 @@ def shrink_covariance(scatter: Tensor, n: int, dynamics: Dynamics) -> Tensor:
         of_kind = torch.from_numpy(dynamics.latent_kind == kind).to(scatter.device)
         if of_kind.any():
             target[of_kind] *= (scatter.diagonal()[of_kind] / n).sum() / target[of_kind].sum()
+    # Variances are soon the particles' own; what p² correlations would say by chance takes p particles to believe.
+    target = (scatter.diagonal() + PRIOR_PARTICLES * target) / (n + PRIOR_PARTICLES)
     p = len(scatter)
     return (scatter + p * target.diag()) / (n + p)
