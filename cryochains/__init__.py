@@ -19,6 +19,7 @@ from .model import CryoChains
 from .modes import Modes, compute_modes
 from .particles import ParticleStack, load_particles
 from .population import Population, Refinement
+from .pretrained import load_pretrained, save_pretrained
 from .simulation import Truth, simulate_particles
 from .structure import Structure, load_structure
 from .training import Epoch, encode_particles, fit
@@ -28,9 +29,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CTF", "CryoChains", "Dynamics", "Epoch", "Imaging", "Modes", "ParticleStack", "Population", "PrincipalMotions",
     "Refinement", "Scores", "Structure", "Truth", "compute_modes", "compute_pca", "correlation", "decode_ensemble",
-    "encode_particles", "fit", "information_limit", "latent_table", "load_particles", "load_structure",
-    "match_structures", "morph", "posterior_covariance", "refine", "rmsd", "save_ensemble", "score_motion",
-    "simulate_particles", "superpose", "true_latents", "true_population",
+    "encode_particles", "fit", "information_limit", "latent_table", "load_particles", "load_pretrained",
+    "load_structure", "match_structures", "morph", "posterior_covariance", "refine", "rmsd", "save_ensemble",
+    "save_pretrained", "score_motion", "simulate_particles", "superpose", "true_latents", "true_population",
 ]  # fmt: skip
 
 

@@ -283,10 +283,6 @@ class Dynamics(nn.Module):
             moved[:, layout.translation] = (back @ shift.unsqueeze(-1)).squeeze(-1) - offset
         return moved
 
-    def to_physical(self, latents: Tensor) -> Tensor:
-        """(…, p) latents in physical units: α in Å (Eq. 1), rotation vectors in radians, translations in Å."""
-        return latents * self.scale_tensor.to(latents)
-
     def extra_repr(self) -> str:
         kinds = [kind for kind in KINDS if (self.latent_kind == kind).any()]
         return f"{self.structure!r}, {self.n_latents} latents: {', '.join(kinds)}"

@@ -1,7 +1,7 @@
 """Image formation: coordinates → projection → CTF → shift → noise (Eq. 3). Knows nothing of chains.
 
 Symbols of the paper: V → a sum of Gaussians, R → `rotations`, Π → projection along z, t → `shifts`,
-PSF → `ctf` (in Fourier space), ε → `add_noise`.
+PSF → `ctf` (in Fourier space); ε is drawn where particles are simulated.
 
 A Gaussian is separable, so an image of n atoms is one matrix product, image = Gyᵀ Gx with G (n_atoms, box),
 and its gradient is two more. That is the floor: 2·n·box² multiply-adds forward, twice that backward.
@@ -326,9 +326,3 @@ def noise_std_for_snr(images: Tensor, snr_db: float) -> float:
     The variance is taken over the pixels of each image and averaged over the images.
     """
     return float((images.var(dim=(-2, -1)).mean() / 10 ** (snr_db / 10)).sqrt())
-
-
-def add_noise(images: Tensor, noise_std: float, generator: torch.Generator | None = None) -> Tensor:
-    """`images` with white Gaussian noise of standard deviation `noise_std` (ε of Eq. 3)."""
-    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    return images + noise_std * noise

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .files import fingerprint, load_tensors, save_tensors
-from .likelihood import independent_pixels, map_blocks, normal_equations
+from .likelihood import independent_pixels, map_blocks, normal_equations, place_variance
 from .model import CryoChains, check_contrast
 from .particles import ParticleStack
 from .population import Population, Refinement, elastic_variance, shrink_covariance
@@ -122,12 +122,12 @@ def posterior_covariance(model: CryoChains, particles: ParticleStack, refinement
     z = refinement.latents[rows].to(model.device)
     covariances = []
     for batch in particles[rows].batches(64, device=model.device):
-        covariance = None
+        variance = None
         # Atoms are as wide as they are uncertain: found sharp first, then as the refinement saw them.
         for _ in range(2):
-            equations = normal_equations(model, None, batch.pose, z[batch.rows], covariance=covariance)
+            equations = normal_equations(model, None, batch.pose, z[batch.rows], variance=variance)
             exact = _posterior_precision(equations.hessian, population).inverse()
-            covariance = exact.float()
+            variance = place_variance(model.dynamics, z[batch.rows], batch.pose[0], exact)
         covariances.append(exact)
     return torch.cat(covariances)
 
@@ -169,6 +169,8 @@ class _Passes:
         self.damping = torch.zeros(n, device=device)
         self.hessian = torch.zeros(n, p, p, device=device)
         self.right = torch.zeros(n, p, device=device)
+        self.variance = torch.zeros(n, model.structure.n_atoms, device=device)
+        self._widen()
         # Share of the atoms in each latent's chain: turns a step in z into RMS Å over the molecule.
         share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
         self.share = torch.tensor(share[model.dynamics.latent_chain], dtype=torch.float32, device=device)
@@ -204,9 +206,7 @@ class _Passes:
         for batch in self.particles.batches(self.batch_size, device=model.device):
             rows = torch.as_tensor(batch.rows, device=model.device)
             z = self.proposal[rows]
-            # What is known so far of each particle: atoms whose place is uncertain are drawn as wide as that.
-            known = torch.linalg.inv(self.hessian[rows] / (self.noise_std or 1.0) ** 2 + precision.float())
-            eq = normal_equations(model, batch.images, batch.pose, z, blur, known)
+            eq = normal_equations(model, batch.images, batch.pose, z, blur, self.variance[rows])
             if self.noise_std is None:
                 self.noise_std = float((eq.residual.mean() / pixels).sqrt())
             objective = self._objective(eq.residual, z, precision)
@@ -218,7 +218,8 @@ class _Passes:
                 # Rare: go back and look again from the last good place, with a shorter step this time.
                 back = [None if part is None else part[worse] for part in batch.pose]
                 z = torch.where(worse.unsqueeze(1), self.latents[rows], z)
-                again = normal_equations(model, batch.images[worse], tuple(back), z[worse], blur, known[worse])
+                variance = self.variance[rows[worse]]
+                again = normal_equations(model, batch.images[worse], tuple(back), z[worse], blur, variance)
                 hessian[worse], gradient[worse], rss[worse] = again.hessian, again.gradient, again.residual
                 refused += int(worse.sum())
             self.damping[rows] = torch.where(worse, (8 * self.damping[rows]).clamp_min(1.0), self.damping[rows] / 8)
@@ -247,11 +248,24 @@ class _Passes:
         reach = float(np.hypot(model.imaging.sigma, blur))
         step *= (reach / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
         self.proposal = self.latents + step
+        self._widen()
         rms = float((step.square() * self.share).sum(1).mean().sqrt())
         return {
             "blur": blur, "step": rms, "refused": refused, "noise_std": self.noise_std,
             "contrast": float(model.contrast), "spread": float(self.covariance.diagonal().sum().sqrt()),
         }  # fmt: skip
+
+    def _widen(self) -> None:
+        """How uncertain every atom's place is, from what is known of each particle so far: at first, the prior."""
+        precision = self.covariance.inverse().float()
+
+        def widen(rows: slice) -> None:
+            known = torch.linalg.inv(self.hessian[rows] / (self.noise_std or 1.0) ** 2 + precision)
+            rotations = self.particles.rotations[rows].to(precision)
+            self.variance[rows] = place_variance(self.model.dynamics, self.proposal[rows], rotations, known)
+
+        n = len(self.proposal)
+        map_blocks(widen, [slice(start, start + 64) for start in range(0, n, 64)], precision.device)
 
     def _objective(self, residual: Tensor, z: Tensor, precision: Tensor) -> Tensor:
         off = z.double() - self.mean
@@ -289,7 +303,7 @@ class _Passes:
         return means
 
     def _state(self) -> dict:
-        names = ("proposal", "latents", "std", "residual", "damping", "mean", "covariance")
+        names = ("proposal", "latents", "std", "residual", "damping", "variance", "mean", "covariance")
         return {name: getattr(self, name) for name in names}
 
     def _save(self, history: list) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dynamics import Dynamics
 from .imaging import gaussian_transfer, project, project_tangents
 from .model import CryoChains
 
@@ -51,7 +52,7 @@ def normal_equations(
     pose: tuple,
     latents: Tensor,
     blur: float = 0.0,
-    covariance: Tensor | None = None,
+    variance: Tensor | None = None,
 ) -> NormalEquations:
     """Linearise the images of b particles at `latents` (b, p).
 
@@ -63,9 +64,9 @@ def normal_equations(
         Of the particles (see `Imaging.forward`).
     blur : float
         Å. Images and model are compared after a Gaussian blur: less information, but no local minimum within it.
-    covariance : (b, p, p) tensor, optional
-        How uncertain the latents are. Every atom is drawn as wide as its place on the image is then uncertain, which is
-        the image expected of it: a loose end that cannot be seen neither chases noise nor hides what could be seen.
+    variance : (b, n_atoms) tensor, optional
+        Å², of every atom's place on the image (see `place_variance`). An uncertain atom is drawn as wide as that, which
+        is the image expected of it: a loose end that cannot be seen neither chases noise nor hides what could be seen.
     """
     imaging, dynamics = model.imaging, model.dynamics
     p, full = dynamics.n_latents, imaging.box_size
@@ -82,16 +83,14 @@ def normal_equations(
         transfer = model.contrast * (full / box) * (weights if ctf is None else weights * _crop(ctf[rows], box))
         coords = dynamics.decode(z)
         xy = imaging.place(coords, rotations[rows], None if shifts is None else shifts[rows])
-        tangents = [dynamics.tangents(z, chain, frame) for chain in range(len(dynamics.chains))]
-        width = sigma
-        if covariance is not None:
-            width = (sigma**2 + _uncertainty(tangents, covariance[rows], dynamics.chains)).sqrt()
+        width = sigma if variance is None else (sigma**2 + variance[rows]).sqrt()
         size = (box, imaging.pixel_size * full / box)
         spectrum = _flat(torch.fft.rfft2(project(xy, imaging.weights, *size, width), norm="ortho") * transfer)
         jacobian = z.new_empty(len(z), p, spectrum.shape[1])
         for chain, layout in enumerate(dynamics.chains):
-            own = width if covariance is None else width[:, layout.atoms]
-            steps = project_tangents(xy[:, layout.atoms], tangents[chain], imaging.weights[layout.atoms], *size, own)
+            tangents = dynamics.tangents(z, chain, frame)
+            own = width if variance is None else width[:, layout.atoms]
+            steps = project_tangents(xy[:, layout.atoms], tangents, imaging.weights[layout.atoms], *size, own)
             steps = torch.fft.rfft2(steps, norm="ortho").mul_(transfer.unsqueeze(-3))
             jacobian[:, layout.latents] = _flat(steps)
         data = spectrum
@@ -110,6 +109,20 @@ def normal_equations(
     blocks = map_blocks(linearise, rows, latents.device)
     fields = ("hessian", "gradient", "residual", "overlap", "power")
     return NormalEquations(*(torch.cat([getattr(block, name) for block in blocks]) for name in fields))
+
+
+@torch.no_grad()
+def place_variance(dynamics: Dynamics, latents: Tensor, rotations: Tensor, covariance: Tensor) -> Tensor:
+    """(b, n_atoms) variance in Å², along an axis of the image, of where uncertain latents put each atom; capped.
+
+    `latents` (b, p) of posterior `covariance` (b, p, p), seen from `rotations` (b, 3, 3).
+    """
+    parts = []
+    for chain, layout in enumerate(dynamics.chains):
+        steps = dynamics.tangents(latents, chain, rotations[:, :2]).flatten(2)
+        of_chain = ((covariance[:, layout.latents, layout.latents].to(steps.dtype) @ steps) * steps).sum(1)
+        parts.append(of_chain.view(len(latents), -1, 2).mean(-1))
+    return torch.cat(parts, dim=1).clamp(0, FOG**2)
 
 
 def map_blocks(function, blocks: list, device: torch.device) -> list:
@@ -158,16 +171,6 @@ def _crop(spectrum: Tensor, box: int) -> Tensor:
     if box == spectrum.shape[-2]:
         return spectrum
     return torch.cat([spectrum[..., : box // 2, : box // 2 + 1], spectrum[..., -(box // 2) :, : box // 2 + 1]], dim=-2)
-
-
-def _uncertainty(tangents: list, covariance: Tensor, chains: tuple) -> Tensor:
-    """(b, n_atoms) variance in Å², along an axis of the image, of where latents of a `covariance` put each atom."""
-    parts = []
-    for layout, steps in zip(chains, tangents, strict=True):
-        flat = steps.flatten(2)
-        variance = ((covariance[:, layout.latents, layout.latents] @ flat) * flat).sum(1)
-        parts.append(variance.view(*variance.shape[:1], -1, 2).mean(-1))
-    return torch.cat(parts, dim=1).clamp(0, FOG**2)
 
 
 def _flat(spectrum: Tensor) -> Tensor:

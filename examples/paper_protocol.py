@@ -60,7 +60,8 @@ def open_hsp90(closed: cc.Structure) -> cc.Structure:
     modes = cc.compute_modes(closed, n_modes=2)
     moved = closed.atoms.getCoords().copy()
     for chain in range(2):
-        bend = modes.vectors[chain].sum(0)
+        # In opposite senses: the others bring two residues of A and B nearer than 3.5 Å.
+        bend = (1, -1)[chain] * modes.vectors[chain].sum(0)
         bend *= 1.5 / np.sqrt((bend**2).sum(1).mean())
         nodes = np.flatnonzero(closed.node_chain == chain)
         own = np.flatnonzero(closed.atom_chain == chain)

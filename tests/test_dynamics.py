@@ -149,9 +149,9 @@ def test_bending_carries_no_rigid_motion(whole, closed):
 
 
 def test_order_is_bend_turn_shift(dynamics, small):
-    """X = R (X⁰ + Σ α U − com) + com + t, each part from `to_physical`."""
+    """X = R (X⁰ + Σ α U − com) + com + t, each part from the latents in physical units."""
     latents = random_latents(dynamics, 1, 2.0)
-    physical = dynamics.to_physical(latents)[0]
+    physical = (latents * dynamics.scale_tensor)[0]
     found = dynamics.decode(latents)[0].numpy()
     for chain, layout in enumerate(dynamics.chains):
         alpha = physical[layout.mode].numpy()
@@ -188,7 +188,7 @@ def test_one_unit_is_one_angstrom(whole, closed):
 
 
 def test_physical_units(dynamics, small):
-    physical = dynamics.to_physical(torch.ones(2, dynamics.n_latents))
+    physical = torch.ones(2, dynamics.n_latents) * dynamics.scale_tensor
     assert physical.shape == (2, dynamics.n_latents)
     for chain, layout in enumerate(dynamics.chains):
         n = (small.node_chain == chain).sum()
