@@ -108,13 +108,18 @@ def project_tangents(
     matrix product of inner size 2n for all k. An atom touches few pixels, so on a CPU its matrix is a sparse one, which
     takes a fifth (64 px) to a twentieth (128 px) of the time; a GPU multiplies the dense one.
     """
+    if xy.device.type != "cpu":
+        return _multiply(xy, tangents, weights, box_size, pixel_size, sigma)
+    widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(xy.shape[:2])
+    rows = zip(xy, tangents, widths, strict=True)
+    return torch.stack([_scatter(x, t, weights.to(xy.dtype), box_size, pixel_size, width) for x, t, width in rows])
+
+
+def _multiply(
+    xy: Tensor, tangents: Tensor, weights: Tensor, box_size: int, pixel_size: float, sigma: float | Tensor
+) -> Tensor:
+    """(batch, k, box, box) what `project_tangents` gives, from all pixels of all atoms."""
     batch, k, n, _ = tangents.shape
-    if xy.device.type == "cpu":
-        widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(batch, n)
-        images = [
-            _scatter(xy[i], tangents[i], weights.to(xy.dtype), box_size, pixel_size, widths[i]) for i in range(batch)
-        ]
-        return torch.stack(images)
     grid = pixel_grid(box_size, pixel_size, xy)
     amplitudes = weights / (2 * torch.pi * sigma**4)
     x, y = xy.unbind(-1)

@@ -103,7 +103,7 @@ def plot_figure2(rows: Sequence[dict], engine: str = "map") -> Figure:
         axis.set_xticks(range(len(MODELS)), MODELS)
         axis.set(title=TITLES[name], ylabel="RMSD (Å), held out")
         axis.legend(fontsize="small")
-    figure.suptitle(f"{'MAP refinement' if engine == 'map' else 'encoder'}; {caption(rows)}", fontsize="small")
+    figure.suptitle(f"{'MAP refinement' if engine == 'map' else 'encoder'}\n{caption(rows)}", fontsize="small")
     return figure
 
 
@@ -124,7 +124,7 @@ def plot_figure3(row: dict, arrays: dict[str, np.ndarray] | None = None) -> Figu
         line[2].set(title=f"chain {chain}: PC1 of R|t", xlabel="true place on the morph", ylabel="PC1 (Å)")
     figure.suptitle(
         f"{TITLES[row['molecule']]}, {row['snr_db']:g} dB: |Spearman| {row['spearman']:.2f} (better chain), "
-        f"the images allow {row['spearman_limit']:.2f}; {caption([row])}", fontsize="small",
+        f"the images allow {row['spearman_limit']:.2f}\n{caption([row])}", fontsize="small",
     )  # fmt: skip
     return figure
 
@@ -160,7 +160,7 @@ def plot_figure4(rows: Sequence[dict], structure=None, top: float = 6.0) -> Figu
         figure.colorbar(shown, ax=line[2], label="Å")
     first = rows[0]
     figure.suptitle(
-        f"{TITLES[first['molecule']]}, {first['snr_db']:g} dB: mean predicted against mean true; {caption(rows)}",
+        f"{TITLES[first['molecule']]}, {first['snr_db']:g} dB: mean predicted against mean true\n{caption(rows)}",
         fontsize="small",
     )
     return figure

@@ -13,6 +13,7 @@ from cryochains.imaging import (
     CTF,
     MIN_EXPONENT,
     Imaging,
+    _multiply,
     check_fits_in_box,
     filter_images,
     gaussian_transfer,
@@ -162,6 +163,30 @@ def test_tangents_are_directional_derivatives():
         ahead = project(xy + step * tangents[:, k], weights, BOX, PIXEL, 3.0)
         behind = project(xy - step * tangents[:, k], weights, BOX, PIXEL, 3.0)
         torch.testing.assert_close(found[:, k], (ahead - behind) / (2 * step), rtol=0, atol=1e-8)
+
+
+def test_sparse_and_dense_tangents_agree_for_atoms_of_any_width_and_at_the_border():
+    coords, weights = cloud(n=40, batch=2, width=0.4 * BOX * PIXEL, dtype=torch.float64)
+    xy = coords[..., :2]
+    generator = torch.Generator().manual_seed(2)
+    tangents = torch.randn(2, 3, 40, 2, dtype=torch.float64, generator=generator)
+    widths = 2.0 + 10.0 * torch.rand(2, 40, dtype=torch.float64, generator=generator) ** 4
+    for sigma in (3.0, widths):
+        exact = _multiply(xy, tangents, weights, BOX, PIXEL, sigma)
+        found = project_tangents(xy, tangents, weights, BOX, PIXEL, sigma)
+        assert float((found - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_each_atom_may_have_its_own_width():
+    coords, weights = cloud(n=6, batch=2, dtype=torch.float64)
+    widths = torch.linspace(2, 6, 12, dtype=torch.float64).view(2, 6)
+    found = project(coords, weights, BOX, PIXEL, widths)
+    for row in range(2):
+        alone = [project(coords[row : row + 1, a : a + 1], weights[a : a + 1], BOX, PIXEL, float(widths[row, a]))
+                 for a in range(6)]  # fmt: skip
+        torch.testing.assert_close(found[row], sum(alone)[0])
+    inputs = coords.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: project(x, weights, 12, PIXEL, widths), inputs, atol=1e-6)
 
 
 # Conventions

@@ -10,7 +10,7 @@ from torch.func import jacfwd
 import cryochains.imaging
 import cryochains.likelihood
 from cryochains.imaging import CTF, filter_images, gaussian_transfer, pixel_grid, random_rotations
-from cryochains.likelihood import independent_pixels, normal_equations
+from cryochains.likelihood import independent_pixels, normal_equations, place_variance
 from cryochains.model import CryoChains
 from cryochains.structure import load_structure
 
@@ -206,3 +206,32 @@ def test_independent_pixels_turn_squares_into_a_variance(model, latents, blur):
     assert np.sqrt(float(residual.mean()) / independent_pixels(model, blur)) == pytest.approx(noise_std, rel=0.01)
     if not blur:
         assert independent_pixels(model) == BOX**2 - 1
+
+
+def test_place_variance_is_that_of_decoded_samples(model, latents):
+    """Uncertain latents spread every atom on the image by what `place_variance` says, averaged over the two axes."""
+    generator = torch.Generator().manual_seed(5)
+    p, rotations = model.dynamics.n_latents, make_pose()[0]
+    root = 0.1 * torch.randn(N, p, p, generator=generator, dtype=torch.float64) / p**0.5
+    covariance = root @ root.transpose(1, 2)
+    found = place_variance(model.dynamics, latents, rotations, covariance)
+    draws = torch.randn(4000, p, generator=generator, dtype=torch.float64)
+    for row in range(N):
+        coords = model.decode(latents[row] + draws @ root[row].T)
+        seen_at = coords @ rotations[row, :2].T
+        expected = seen_at.var(0).mean(-1)
+        torch.testing.assert_close(found[row], expected, rtol=0.12, atol=1e-6)
+
+
+def test_an_uncertain_atom_is_drawn_as_its_expected_image(model, latents):
+    """Wide atoms are the mean over images whose atoms are displaced at random, up to the cap."""
+    pose = make_pose(shifts=False, ctf=False)
+    variance = torch.full((N, model.structure.n_atoms), 2.0, dtype=torch.float64)
+    images = torch.zeros(N, BOX, BOX, dtype=torch.float64)
+    wide = normal_equations(model, images, pose, latents, variance=variance)
+    sigma = (model.imaging.sigma**2 + 2.0) ** 0.5
+    xy = model.imaging.place(model.decode(latents), pose[0])
+    expected = model.contrast * cryochains.imaging.project(xy, model.imaging.weights, BOX, PIXEL, sigma)
+    expected = expected - expected.mean(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(wide.power, expected.square().sum((1, 2)), rtol=1e-5, atol=0)
+    assert (wide.power < normal_equations(model, images, pose, latents).power).all()
