@@ -23,7 +23,7 @@ from .files import fingerprint, load_tensors, save_tensors
 from .likelihood import independent_pixels, map_blocks, normal_equations, place_variance
 from .model import CryoChains, check_contrast
 from .particles import ParticleStack
-from .population import Population, Refinement, elastic_variance, shrink_covariance
+from .population import Population, Refinement, elastic_variance, reach, shrink_covariance
 from .stacks import positions
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
@@ -151,6 +151,7 @@ class _Passes:
                 imaging.weights, imaging.sigma, blurs, -1 if start is None else start, *given,
             )  # fmt: skip
         n, p, device = len(particles), model.dynamics.n_latents, model.device
+        self.reach = reach(model.dynamics).to(device)
         self.fixed = population is not None
         if self.fixed:
             self.mean = population.mean.to(device).double()
@@ -245,8 +246,8 @@ class _Passes:
         step = means - self.latents
         # Gaussians overlap with where they were as long as they move by less than their width.
         length = (step.square() * self.share).sum(1).sqrt()
-        reach = float(np.hypot(model.imaging.sigma, blur))
-        step *= (reach / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
+        width = float(np.hypot(model.imaging.sigma, blur))
+        step *= (width / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
         self.proposal = self.latents + step
         self._widen()
         rms = float((step.square() * self.share).sum(1).mean().sqrt())
@@ -295,10 +296,11 @@ class _Passes:
         parts = map_blocks(solve, [slice(start, start + 64) for start in range(0, n, 64)], means.device)
         total, trace = sum(part[0] for part in parts), sum(part[1] for part in parts)
         if not self.fixed:
-            self.mean = means.double().mean(0)
+            self.mean = means.double().mean(0).clamp(-self.reach, self.reach)
             off = means.double() - self.mean
-            scatter = off.T @ off + total
-            self.covariance = shrink_covariance(scatter, n, self.model.dynamics)
+            self.covariance = shrink_covariance(off.T @ off + total, n, self.model.dynamics)
+            narrower = (self.reach / self.covariance.diagonal().sqrt()).clamp(max=1.0)
+            self.covariance = narrower[:, None] * self.covariance * narrower
             self.noise_std = float(np.sqrt((residual + trace * self.noise_std**2) / (n * pixels)))
         return means
 

@@ -14,8 +14,8 @@ from .files import load_tensors, save_tensors
 
 # Spread a chain is thought to have before any image was seen: RMS Å of bending, of turning and of shifting.
 START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
-# Å, no residue is thought to move by more along one mode.
-FARTHEST = 6.0
+# Å, neighbours along a chain are not thought to part by more along one mode: about the length of a bond.
+BOND = 4.0
 # What is thought of the variances before any image was seen counts as much as so many particles.
 PRIOR_PARTICLES = 20
 
@@ -89,14 +89,26 @@ def elastic_variance(dynamics: Dynamics) -> Tensor:
     for chain, layout in enumerate(dynamics.chains):
         if dynamics.modes is not None:
             softness = 1 / dynamics.modes.eigenvalues[chain]
-            # A loose end is a soft mode of a few residues, which 1/λ alone would send tens of Å away.
-            vectors = dynamics.modes.vectors[chain]
-            farthest = vectors.shape[1] * (vectors**2).sum(-1).max(-1)
-            thermal = START_SPREAD["mode"] ** 2 * softness / softness.sum()
-            variance[layout.mode] = np.minimum(thermal, FARTHEST**2 / farthest)
+            variance[layout.mode] = START_SPREAD["mode"] ** 2 * softness / softness.sum()
         for kind in ("rotation", "translation"):
             variance[getattr(layout, kind)] = START_SPREAD[kind] ** 2 / 3
-    return torch.from_numpy(variance)
+    return torch.from_numpy(variance).minimum(reach(dynamics).square())
+
+
+def reach(dynamics: Dynamics) -> Tensor:
+    """(p,) Å, how far each latent goes before neighbours along a chain part by more than BOND; inf for rigid motion.
+
+    A soft mode of a few residues, such as a loose end, would otherwise carry them anywhere: a bond costs a linear
+    mode nothing, and images say little of few residues.
+    """
+    limit = torch.full((dynamics.n_latents,), torch.inf, dtype=torch.float64)
+    for chain, layout in enumerate(dynamics.chains if dynamics.modes is not None else ()):
+        nodes = dynamics.structure.node_coords[dynamics.structure.node_chain == chain]
+        bonded = np.linalg.norm(np.diff(nodes, axis=0), axis=1) < 8.0
+        steps = np.diff(dynamics.modes.vectors[chain], axis=1)[:, bonded] * np.sqrt(len(nodes))
+        strain = np.linalg.norm(steps, axis=-1).max(-1, initial=1e-9)
+        limit[layout.mode] = torch.from_numpy(BOND / strain)
+    return limit
 
 
 def shrink_covariance(scatter: Tensor, n: int, dynamics: Dynamics) -> Tensor:
