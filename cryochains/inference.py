@@ -32,6 +32,8 @@ BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
 MAX_EXTRA_PASSES, STILL = 4, 0.1
 # EM on the stored normal equations: few steps while they will be made anew, more at the end; stop at a change in Å.
 EM_STEPS, LAST_EM_STEPS, EM_TOLERANCE = 10, 20, 3e-3
+# Of the signal: the model's images are not thought right to better than this, or clear images would be overfitted.
+MODEL_ERROR = 0.3
 # The brightness is measured where a misplaced atom does not lower it.
 CONTRAST_BLUR = 4.0
 
@@ -120,20 +122,16 @@ def posterior_covariance(model: CryoChains, particles: ParticleStack, refinement
     model.contrast.fill_(population.contrast)
     rows = torch.from_numpy(positions(rows, len(particles)))
     z = refinement.latents[rows].to(model.device)
-    covariances = []
+    covariances, prior = [], population.covariance.to(model.device).inverse()
     for batch in particles[rows].batches(64, device=model.device):
         variance = None
         # Atoms are as wide as they are uncertain: found sharp first, then as the refinement saw them.
         for _ in range(2):
             equations = normal_equations(model, None, batch.pose, z[batch.rows], variance=variance)
-            exact = _posterior_precision(equations.hessian, population).inverse()
+            exact = (equations.hessian.double() / population.noise_std**2 + prior).inverse()
             variance = place_variance(model.dynamics, z[batch.rows], batch.pose[0], exact)
         covariances.append(exact)
     return torch.cat(covariances)
-
-
-def _posterior_precision(hessian: Tensor, population: Population) -> Tensor:
-    return hessian.double() / population.noise_std**2 + population.covariance.to(hessian.device).inverse()
 
 
 class _Passes:
@@ -237,9 +235,10 @@ class _Passes:
             self.hessian *= factor**2
             self.right *= factor
         residual = float(residuals.double().sum())
+        signal = float(np.sqrt(power / (len(self.latents) * pixels)))
         for _ in range(1 if self.fixed else LAST_EM_STEPS if late else EM_STEPS):
             before = torch.cat([self.mean, self.covariance.diagonal().sqrt()])
-            means = self._expectation(pixels, residual)
+            means = self._expectation(pixels, residual, signal)
             after = torch.cat([self.mean, self.covariance.diagonal().sqrt()])
             if (after - before).abs().max() < EM_TOLERANCE:
                 break
@@ -272,7 +271,7 @@ class _Passes:
         off = z.double() - self.mean
         return residual / (2 * self.noise_std**2) + ((off @ precision) * off).sum(1).float() / 2
 
-    def _expectation(self, pixels: float, residual: float) -> Tensor:
+    def _expectation(self, pixels: float, residual: float, signal: float) -> Tensor:
         """Posterior means and error bars on the stored normal equations; updates μ, Σ, σ unless they are given."""
         n, p = self.latents.shape
         precision = self.covariance.inverse()
@@ -301,7 +300,8 @@ class _Passes:
             self.covariance = shrink_covariance(off.T @ off + total, n, self.model.dynamics)
             narrower = (self.reach / self.covariance.diagonal().sqrt()).clamp(max=1.0)
             self.covariance = narrower[:, None] * self.covariance * narrower
-            self.noise_std = float(np.sqrt((residual + trace * self.noise_std**2) / (n * pixels)))
+            estimate = float(np.sqrt((residual + trace * self.noise_std**2) / (n * pixels)))
+            self.noise_std = max(estimate, MODEL_ERROR * signal)
         return means
 
     def _state(self) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from cryochains.dynamics import Dynamics
 from cryochains.modes import compute_modes
-from cryochains.population import START_SPREAD, Population, elastic_variance, shrink_covariance
+from cryochains.population import BOND, START_SPREAD, Population, elastic_variance, reach, shrink_covariance
 
 KINDS = ("mode", "rotation", "translation")
 
@@ -26,6 +26,23 @@ def test_soft_modes_vary_more(dynamics):
         for kind in KINDS:
             total = float(variance[getattr(layout, kind)].sum())
             assert total == pytest.approx(START_SPREAD[kind] ** 2), kind
+
+
+def test_no_mode_parts_neighbours_by_more_than_a_bond(closed):
+    """Carried to its reach, a mode moves bonded residues apart by BOND; the prior lets none go further."""
+    dynamics = Dynamics(closed, compute_modes(closed, 30))
+    limit = reach(dynamics)
+    assert torch.isinf(limit[torch.from_numpy(dynamics.latent_kind != "mode")]).all()
+    assert (elastic_variance(dynamics).sqrt() <= limit).all()
+    coords = dynamics.reference.double().numpy()
+    for chain, layout in enumerate(dynamics.chains):
+        bonded = np.linalg.norm(np.diff(coords[layout.atoms], axis=0), axis=1) < 8.0
+        for latent in (layout.mode.start, layout.mode.stop - 1):
+            z = torch.zeros(dynamics.n_latents)
+            z[latent] = limit[latent]
+            moved = dynamics.bend(z[None], chain)[0].double().numpy() - dynamics.bend(0 * z[None], chain)[0].numpy()
+            apart = np.linalg.norm(np.diff(moved, axis=0), axis=1)[bonded].max()
+            assert apart == pytest.approx(BOND, rel=1e-3)
 
 
 @pytest.mark.parametrize("rotation, translation", [(True, False), (False, True)])
