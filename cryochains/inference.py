@@ -234,8 +234,7 @@ class _Passes:
             model.contrast.mul_(factor)
             self.hessian *= factor**2
             self.right *= factor
-        residual = float(residuals.double().sum())
-        signal = float(np.sqrt(power / (len(self.latents) * pixels)))
+        residual, signal = float(residuals.double().sum()), float(np.sqrt(power / (len(self.latents) * pixels)))
         for _ in range(1 if self.fixed else LAST_EM_STEPS if late else EM_STEPS):
             before = torch.cat([self.mean, self.covariance.diagonal().sqrt()])
             means = self._expectation(pixels, residual, signal)
@@ -245,14 +244,13 @@ class _Passes:
         step = means - self.latents
         # Gaussians overlap with where they were as long as they move by less than their width.
         length = (step.square() * self.share).sum(1).sqrt()
-        width = float(np.hypot(model.imaging.sigma, blur))
-        step *= (width / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
+        step *= (float(np.hypot(model.imaging.sigma, blur)) / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
         self.proposal = self.latents + step
         self._widen()
-        rms = float((step.square() * self.share).sum(1).mean().sqrt())
         return {
-            "blur": blur, "step": rms, "refused": refused, "noise_std": self.noise_std,
-            "contrast": float(model.contrast), "spread": float(self.covariance.diagonal().sum().sqrt()),
+            "blur": blur, "step": float((step.square() * self.share).sum(1).mean().sqrt()),
+            "refused": refused, "noise_std": self.noise_std, "contrast": float(model.contrast),
+            "spread": float(self.covariance.diagonal().sum().sqrt()),
         }  # fmt: skip
 
     def _widen(self) -> None:
