@@ -15,6 +15,7 @@ from cryochains.plots import COLORS, _figure
 # The runs that the project keeps: its table, and per-particle numbers of every row.
 KEPT = Path(__file__).resolve().parent.parent / "docs" / "paper"
 TITLES = {"glua3": "GluA3", "gabab": "GABA-B", "hsp90": "Hsp90"}
+TALLEST = 9.0  # Å; taller bars are cut, with their height written in them
 SNR_COLORS = {32.0: COLORS[2], 0.0: COLORS[0], -20.0: COLORS[1]}
 
 
@@ -97,11 +98,15 @@ def plot_figure2(rows: Sequence[dict], engine: str = "map") -> Figure:
                 axis.bar(x, row["rmsd_mean"], 0.25, color=SNR_COLORS[snr], yerr=spread, error_kw={"lw": 0.8},
                          label=f"{snr:g} dB" if model == "CryoChains" else None)  # fmt: skip
                 axis.plot([x - 0.12, x + 0.12], [row["limit"]] * 2, color="k", lw=2)
+                if row["rmsd_mean"] > TALLEST:
+                    axis.text(x, 0.98 * TALLEST, f"{row['rmsd_mean']:.0f} Å", rotation=90, ha="center", va="top",
+                              fontsize="x-small", color="w")  # fmt: skip
         still = next(row["mean_conformation_rmsd"] for row in rows if row["molecule"] == name)
         axis.axhline(still, color="0.4", ls=":", label="mean conformation")
         axis.plot([], [], color="k", lw=2, label="limit of the model")
         axis.set_xticks(range(len(MODELS)), MODELS)
         axis.set(title=TITLES[name], ylabel="RMSD (Å), held out")
+        axis.set_ylim(top=min(TALLEST, axis.get_ylim()[1]))
         axis.legend(fontsize="small")
     figure.suptitle(f"{'MAP refinement' if engine == 'map' else 'encoder'}\n{caption(rows)}", fontsize="small")
     return figure
