@@ -108,7 +108,8 @@ def plot_figure2(rows: Sequence[dict], engine: str = "map") -> Figure:
         axis.set(title=TITLES[name], ylabel="RMSD (Å), held out")
         axis.set_ylim(top=min(TALLEST, axis.get_ylim()[1]))
         axis.legend(fontsize="small")
-    figure.suptitle(f"{'MAP refinement' if engine == 'map' else 'encoder'}\n{caption(rows)}", fontsize="small")
+    name = "MAP refinement" if engine == "map" else "encoder"
+    figure.suptitle(f"{name}\n{caption(rows)}", fontsize="small", wrap=True)
     return figure
 
 
