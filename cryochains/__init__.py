@@ -20,6 +20,7 @@ from .modes import Modes, compute_modes
 from .particles import ParticleStack, load_particles
 from .population import Population, Refinement
 from .pretrained import load_pretrained, save_pretrained
+from .screws import Screw, change_sentence, describe_change, describe_motion, motion_sentence, screw_motion
 from .simulation import Truth, simulate_particles
 from .structure import Structure, load_structure
 from .training import Epoch, encode_particles, fit
@@ -28,10 +29,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CTF", "CryoChains", "Dynamics", "Epoch", "Imaging", "Modes", "ParticleStack", "Population", "PrincipalMotions",
-    "Refinement", "Scores", "Structure", "Truth", "compute_modes", "compute_pca", "correlation", "decode_ensemble",
-    "encode_particles", "fit", "information_limit", "latent_table", "load_particles", "load_pretrained",
-    "load_structure", "match_structures", "morph", "posterior_covariance", "refine", "rmsd", "save_ensemble",
-    "save_pretrained", "score_motion", "simulate_particles", "superpose", "true_latents", "true_population",
+    "Refinement", "Scores", "Screw", "Structure", "Truth", "change_sentence", "compute_modes", "compute_pca",
+    "correlation", "decode_ensemble", "describe_change", "describe_motion", "encode_particles", "fit",
+    "information_limit", "latent_table", "load_particles", "load_pretrained", "load_structure", "match_structures",
+    "morph", "motion_sentence", "posterior_covariance", "refine", "rmsd", "save_ensemble", "save_pretrained",
+    "score_motion", "screw_motion", "simulate_particles", "superpose", "true_latents", "true_population",
 ]  # fmt: skip
 
 
