@@ -1,16 +1,27 @@
-"""Figures from plain data. Each function returns a matplotlib Figure and changes no global state."""
+"""Figures from plain data: each `plot_` function returns a matplotlib Figure and changes no global state.
+
+What shows the same colours elsewhere is here too: movies and ChimeraX scripts.
+"""
 
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.animation import FFMpegWriter, PillowWriter
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from .dynamics import Dynamics
-from .latent import PrincipalMotions
+from .files import atomic_path
+from .latent import PrincipalMotions, save_ensemble
 from .model import CryoChains
+from .modes import Modes
 from .particles import ParticleStack
+from .sources import pdb_letters
+from .structure import Structure
 
 # Okabe and Ito's colours, told apart by everyone.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -130,26 +141,137 @@ def plot_conformations(
     The horizontal axis is the direction in which most moves; a widget that turns is ``cryochains.slide``.
     """
     structure, path = motions.dynamics.structure, motions.traverse(component, n, percentiles)
-    coords = motions.dynamics.decode(path.to(motions.dynamics.reference)).detach().cpu().numpy()
-    coords = coords[:, np.isin(structure.rows, structure.node_rows)]
-    directions = np.linalg.svd(coords[-1] - coords[0], full_matrices=False)[2]
-    coords = (coords - coords.mean((0, 1))) @ directions.T
-    reach = 1.05 * np.abs(coords).max()
-    # No line across residues that are missing.
-    jumps = np.linalg.norm(np.diff(coords[0], axis=0), axis=1) > 8.0
-    coords[:, 1:][:, jumps] = np.nan
+    coords = _decode_nodes(motions, path)
     figure, axes = _figure(1, 2, 9, 4.6)
-    for axis, side in zip(axes[0], ([0, 1], [0, 2]), strict=True):
-        for chain, name in enumerate(structure.chain_ids):
-            traces, color = coords[:, structure.node_chain == chain][..., side], COLORS[chain % len(COLORS)]
-            for share, trace in zip(np.linspace(0.15, 1, n), traces, strict=True):
-                label = f"chain {name}" if share == 1 else None
-                axis.plot(*trace.T, color=color, alpha=share, lw=1, label=label)
-        axis.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), xlabel="Å", ylabel="Å")
-    axes[0, 0].legend(fontsize="small")
-    ends = motions.transform(path)[[0, -1], component]
-    figure.suptitle(f"PC{component + 1} of {motions.label}: {ends[0]:+.1f} Å (pale) to {ends[1]:+.1f} Å (dark)")
+    view = (coords - coords.mean((0, 1))) @ _facing(coords[-1] - coords[0]).T
+    _draw_backbones(axes[0], structure, view)
+    figure.suptitle(_ends(motions, path, component, "(dark)"))
     return figure
+
+
+def plot_structure(structure: Structure) -> Figure:
+    """Backbone of every chain from two sides, the longest direction of the molecule across."""
+    coords = structure.node_coords - structure.node_coords.mean(0)
+    figure, axes = _figure(1, 2, 9, 4.6)
+    _draw_backbones(axes[0], structure, (coords @ _facing(coords).T)[None])
+    figure.suptitle(f"{structure.name}: {structure.n_nodes:,} residues, from two sides")
+    return figure
+
+
+def plot_modes(structure: Structure, modes: Modes, chain: str | None = None, mode: int = 0) -> Figure:
+    """One mode of a chain (by default the first chain's softest): arrows on its backbone, and how far residues move.
+
+    Raises
+    ------
+    ValueError
+        For modes of another structure, an unknown chain, or a mode that does not exist.
+    """
+    if modes.structure_hash != structure.content_hash:
+        raise ValueError(f"expected modes of {structure!r}, got others; try compute_modes on this structure")
+    chain = structure.chain_ids[0] if chain is None else chain
+    if chain not in structure.chain_ids:
+        raise ValueError(f"expected a chain of {', '.join(structure.chain_ids)}, got {chain!r}")
+    number = structure.chain_ids.index(chain)
+    if not 0 <= mode < modes.n_modes[number]:
+        raise ValueError(f"expected a mode from 0 to {modes.n_modes[number] - 1}, got {mode}")
+    own, values = structure.node_chain == number, modes.eigenvalues[number]
+    moves = modes.vectors[number][mode] * np.sqrt(own.sum())  # 1 Å RMS
+    moved = np.linalg.norm(moves, axis=1)
+    times, facing = structure.radii[number] / moved.max(), _facing(moves)  # the longest arrow spans the chain's radius
+    arrows = times * moves @ facing.T
+    view = np.where(own[:, None], structure.node_coords - structure.centers[number], np.nan) @ facing.T
+    figure, axes = _figure(1, 2, 10, 4.6)
+    reach = 1.05 * np.abs(np.concatenate([view[own], view[own] + arrows])).max()
+    _draw_backbones(axes[0, :1], structure, view[None], reach)
+    few = slice(None, None, 1 + len(arrows) // 150)
+    starts, steps = view[own][few, :2].T, arrows[few, :2].T
+    axes[0, 0].quiver(*starts, *steps, angles="xy", scale_units="xy", scale=1, width=0.004, color="0.25", zorder=3)
+    axes[0, 0].set_title(f"arrows: {times:.0f} × a motion of 1 Å RMS", fontsize="medium")
+    resnums = structure.atoms.getResnums()[structure.node_rows[own]]
+    axes[0, 1].plot(resnums, moved, color=COLORS[number % len(COLORS)], lw=1)
+    axes[0, 1].set(
+        xlabel=f"residue of chain {chain}", ylabel="displacement (Å) at 1 Å RMS", ylim=(0, 1.05 * moved.max())
+    )
+    stiffness = f"eigenvalue {values[mode]:.3g}, {np.sqrt(values[mode] / values[0]):.2f} × the softest mode's frequency"
+    figure.suptitle(f"Mode {mode + 1} of chain {chain}: {stiffness}")
+    return figure
+
+
+def save_movie(
+    path,
+    motions: PrincipalMotions,
+    component: int = 0,
+    n: int = 40,
+    percentiles: tuple[float, float] = (5, 95),
+    fps: int = 15,
+) -> Path:
+    """Write a movie of the backbones swinging along a component and back in `n` frames: GIF, or MP4 by the suffix.
+
+    One end stays as a pale shadow; the view is that of `plot_conformations`, and no browser is needed.
+
+    Raises
+    ------
+    ValueError
+        For another suffix, fewer than two frames, a component that does not exist, a place that cannot be written, or
+        an MP4 where the program ffmpeg is not found.
+    """
+    path = Path(path)
+    if path.suffix not in (".gif", ".mp4") or n < 2:
+        raise ValueError(f"expected a path that ends in .gif or .mp4 and two frames or more, got {path.name}, n={n}")
+    if path.suffix == ".mp4" and not FFMpegWriter.isAvailable():
+        raise ValueError(f"expected the program ffmpeg, which writes MP4, got none; try {path.stem}.gif")
+    ends = motions.traverse(component, 2, percentiles)
+    # There and back, slow at the ends; the first frame follows the last.
+    share = (1 - torch.cos(2 * torch.pi * torch.arange(n) / n))[:, None] / 2
+    coords = _decode_nodes(motions, torch.lerp(*ends[:, None], share))
+    start, end = _decode_nodes(motions, ends)
+    view = (coords - coords.mean((0, 1))) @ _facing(end - start).T
+    reach = 1.05 * np.abs(view).max()
+    figure, axes = _figure(1, 2, 9, 4.8)
+    figure.suptitle(_ends(motions, ends, component, "and back"))
+    structure, pairs = motions.dynamics.structure, [np.stack([view[0], frame]) for frame in view]
+    _draw_backbones(axes[0], structure, pairs[0], reach)
+    # Laid out once, so that the camera stands still.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    writer = (PillowWriter if path.suffix == ".gif" else FFMpegWriter)(fps=fps)
+    with atomic_path(path) as part, writer.saving(figure, str(part), dpi=80):
+        for pair in pairs:
+            for lines in [lines for axis in axes[0] for lines in axis.collections]:
+                lines.remove()
+            _draw_backbones(axes[0], structure, pair, reach)
+            writer.grab_frame()
+    return path
+
+
+def save_chimerax(path, dynamics: Dynamics, latents: torch.Tensor) -> Path:
+    """Write a ChimeraX script (.cxc) and, beside it, the PDB that it opens: the conformations at (m, p) `latents`.
+
+    In an empty session the script shows the chains in this module's colours and a slider along the conformations. The
+    two files find each other wherever their folder is moved.
+
+    Raises
+    ------
+    ValueError
+        For another suffix, or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".cxc":
+        raise ValueError(f"expected a path that ends in .cxc, got {path.name}; try {path.stem}.cxc")
+    ensemble = save_ensemble(path.with_suffix(".pdb"), dynamics, latents)
+    structure = dynamics.structure
+    chids, resnums, letters = structure.atoms.getChids(), structure.atoms.getResnums(), pdb_letters(structure.atoms)
+    lines = [f'open "{ensemble.name}" coordset true', "set bgColor white", "hide atoms", "cartoon", "show ligand"]
+    for body in range(structure.n_chains):
+        own = structure.atom_chain == body
+        for chid in dict.fromkeys(chids[own]):
+            # A chain that several bodies share is coloured by residues.
+            shared = (chids[~own] == chid).any()
+            residues = ":" + ",".join(map(str, dict.fromkeys(resnums[own & (chids == chid)]))) if shared else ""
+            lines.append(f"color #1/{letters[chid]}{residues} {COLORS[body % len(COLORS)]}")
+    with atomic_path(path) as part:
+        part.write_text("\n".join([*lines, "view", "coordset slider #1", ""]))
+    return path
 
 
 def plot_residue_motion(dynamics: Dynamics, latents: torch.Tensor, title: str = "") -> Figure:
@@ -167,6 +289,48 @@ def plot_residue_motion(dynamics: Dynamics, latents: torch.Tensor, title: str = 
     axes[0, 0].set_ylabel("displacement (Å)")
     figure.suptitle(title)
     return figure
+
+
+def _decode_nodes(motions: PrincipalMotions, latents: torch.Tensor) -> np.ndarray:
+    structure = motions.dynamics.structure
+    coords = motions.dynamics.decode(latents.to(motions.dynamics.reference)).detach().cpu().numpy()
+    return coords[:, np.isin(structure.rows, structure.node_rows)]
+
+
+def _ends(motions: PrincipalMotions, path: torch.Tensor, component: int, last: str) -> str:
+    low, high = motions.transform(path)[[0, -1], component]
+    return f"PC{component + 1} of {motions.label}: {low:+.1f} Å (pale) to {high:+.1f} Å {last}"
+
+
+def _facing(along: np.ndarray) -> np.ndarray:
+    """Rotation (3, 3) that lays most of the directions `along` (k, 3) across the picture, then up: no mirror image."""
+    directions = np.linalg.svd(along, full_matrices=False)[2]
+    return directions * np.linalg.det(directions)
+
+
+def _draw_backbones(axes, structure: Structure, view: np.ndarray, reach: float | None = None) -> None:
+    """Conformations (m, n_nodes, 3) Å, pale to dark, from the front and from below; what is far away fades.
+
+    Nodes that are NaN are left out; the picture reaches as far as the farthest node, or `reach`.
+    """
+    reach = 1.05 * np.nanmax(np.abs(view)) if reach is None else reach
+    bonds = np.stack([view[:, :-1], view[:, 1:]], axis=2)
+    # No line from chain to chain, nor across residues that are missing.
+    bonded = np.diff(structure.node_chain) == 0
+    bonded &= np.linalg.norm(bonds[0, :, 1] - bonds[0, :, 0], axis=-1) < 8.0
+    chains = structure.node_chain[:-1][bonded]
+    colors = np.array([to_rgb(COLORS[chain % len(COLORS)]) for chain in chains])
+    for axis, side, toward in zip(axes, ([0, 1], [0, 2]), ([0, 0, 1], [0, -1, 0]), strict=False):
+        for share, lines in zip(np.linspace(1, 0.2, len(view))[::-1], bonds[:, bonded], strict=True):
+            depth = lines.mean(1) @ toward
+            order = np.argsort(depth)
+            near = 0.75 + 0.25 * np.clip(depth / reach, -1, 1)
+            faded = 1 - near[:, None] * (1 - colors)
+            axis.add_collection(LineCollection(lines[order][..., side], colors=faded[order], alpha=share, lw=1.5))
+        axis.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), xlabel="Å", ylabel="Å")
+    for chain in dict.fromkeys(chains) if not axes[0].lines else ():
+        axes[0].plot([], color=COLORS[chain % len(COLORS)], label=f"chain {structure.chain_ids[chain]}")
+    axes[0].legend(fontsize="small")
 
 
 def _pooled_value(values: np.ndarray) -> float:

@@ -223,14 +223,18 @@ def write_pdb(atoms: prody.AtomGroup, title: str, path: str | os.PathLike) -> No
     path = Path(path)
     if not path.name.lower().endswith((".pdb", ".pdb.gz")):
         raise ValueError(f"expected a file name ending in .pdb or .pdb.gz, got {path.name}; try {path.stem}.pdb")
-    atoms, chids = atoms.copy(), atoms.getChids()
-    present = list(dict.fromkeys(chids))
-    free = [letter for letter in string.ascii_letters + string.digits if letter not in present]
-    letters = {chain: chain if len(chain) == 1 else (free.pop(0) if free else chain[0]) for chain in present}
-    atoms.setChids([letters[chain] for chain in chids])
+    atoms, letters = atoms.copy(), pdb_letters(atoms)
+    atoms.setChids([letters[chain] for chain in atoms.getChids()])
     atoms.setTitle(title)
     with atomic_path(path) as part, quiet_prody():
         prody.writePDB(str(part), atoms)
+
+
+def pdb_letters(atoms: prody.AtomGroup) -> dict[str, str]:
+    """The letter that each chain id gets in a PDB file."""
+    present = list(dict.fromkeys(atoms.getChids()))
+    free = [letter for letter in string.ascii_letters + string.digits if letter not in present]
+    return {chain: chain if len(chain) == 1 else (free.pop(0) if free else chain[0]) for chain in present}
 
 
 def take(atoms: prody.AtomGroup, rows: np.ndarray) -> prody.AtomGroup:
