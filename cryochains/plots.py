@@ -224,22 +224,21 @@ def save_movie(
     # There and back, slow at the ends; the first frame follows the last.
     share = (1 - torch.cos(2 * torch.pi * torch.arange(n) / n))[:, None] / 2
     coords = _decode_nodes(motions, torch.lerp(*ends[:, None], share))
-    start, end = _decode_nodes(motions, ends)
-    view = (coords - coords.mean((0, 1))) @ _facing(end - start).T
+    view = (coords - coords.mean((0, 1))) @ _facing(coords[n // 2] - coords[0]).T
     reach = 1.05 * np.abs(view).max()
     figure, axes = _figure(1, 2, 9, 4.8)
     figure.suptitle(_ends(motions, ends, component, "and back"))
-    structure, pairs = motions.dynamics.structure, [np.stack([view[0], frame]) for frame in view]
-    _draw_backbones(axes[0], structure, pairs[0], reach)
+    structure = motions.dynamics.structure
+    _draw_backbones(axes[0], structure, view[:1], reach)
     # Laid out once, so that the camera stands still.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     writer = (PillowWriter if path.suffix == ".gif" else FFMpegWriter)(fps=fps)
     with atomic_path(path) as part, writer.saving(figure, str(part), dpi=80):
-        for pair in pairs:
+        for frame in view:
             for lines in [lines for axis in axes[0] for lines in axis.collections]:
                 lines.remove()
-            _draw_backbones(axes[0], structure, pair, reach)
+            _draw_backbones(axes[0], structure, np.stack([view[0], frame]), reach)
             writer.grab_frame()
     return path
 

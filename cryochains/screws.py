@@ -6,6 +6,7 @@ nodes, one a residue.
 """
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -136,19 +137,16 @@ def describe_change(structure: Structure, before: np.ndarray, after: np.ndarray)
     """
     before, after = _finite_pair(_nodes(structure, before), _nodes(structure, after))
     structure = _by_chain(structure)
-    chains = range(structure.n_chains)
-    own = [structure.node_chain == chain for chain in chains]
+    own = [structure.node_chain == chain for chain in range(structure.n_chains)]
     hinges = [_hinges(structure, rows, before[rows], after[rows]) for rows in own]
     travelled = [round(_rms((after - before)[rows]), 1) for rows in own]
-    pairs = [(a, b) for a in chains for b in chains if a < b] or [(0, 0)]
     blocks = []
-    for pair in pairs:
-        fixed, moving = pair if travelled[pair[1]] >= travelled[pair[0]] else pair[::-1]
-        block = [_row(structure, own, moving, fixed, hinges, before, after)]
-        block += [_row(structure, own, fixed, moving, hinges, before, after)] if moving != fixed else []
-        blocks.append(block)
+    for pair in list(combinations(range(len(own)), 2)) or [(0, 0)]:
+        fixed, moving = sorted(pair, key=travelled.__getitem__)
+        views = dict.fromkeys([(moving, fixed), (fixed, moving)])
+        blocks.append([_row(structure, own, *view, hinges, before, after) for view in views])
     blocks.sort(key=lambda block: -block[0]["moved (Å)"])
-    return pd.DataFrame([row for block in blocks for row in block])
+    return pd.DataFrame(sum(blocks, []))
 
 
 def describe_motion(
@@ -193,18 +191,16 @@ def change_sentence(table: pd.DataFrame) -> str:
     """What a table of `describe_change` says of the pair that moves most, of one more chain, and of what bends."""
     pairs = table.iloc[::2]
     first, bends = pairs.iloc[0], table.drop_duplicates("chain").sort_values("bending (Å)", ascending=False)
-    bends = bends[bends["bending (Å)"] >= STILL]
-    alone, moved = first["chain"] == first["seen from"], first["moved (Å)"]
+    alone = first["chain"] == first["seen from"]
     if table["moved (Å)"].max() < STILL:
         return "the molecule hardly bends." if alone else "the chains hardly move relative to each other."
-    said = []
-    if not alone:
-        others = pairs[(pairs["chain"] != first["chain"]) & (pairs["moved (Å)"] >= max(STILL, moved / 2))]
-        said = [_rigid_words(row) for row in (first, *(row for _, row in others[:1].iterrows()))]
-    bent = []
-    for _, row in bends[:2].iterrows():
-        most = f", most at {row['hinges']}" if row["hinges"] else ""
-        bent.append(f"{'the molecule' if alone else 'chain ' + row['chain']} bends by {row['bending (Å)']:.1f} Å{most}")
+    other = (pairs["chain"] != first["chain"]) & (pairs["moved (Å)"] >= max(STILL, first["moved (Å)"] / 2))
+    said = [] if alone else [_rigid_words(row) for _, row in pd.concat([pairs[:1], pairs[other][:1]]).iterrows()]
+    bent = [
+        f"{'the molecule' if alone else 'chain ' + row['chain']} bends by {row['bending (Å)']:.1f} Å"
+        + (f", most at {row['hinges']}" if row["hinges"] else "")
+        for _, row in bends[bends["bending (Å)"] >= STILL][:2].iterrows()
+    ]
     said += ["; ".join(bent)] if bent else []
     return ". ".join([said[0], *(text[0].upper() + text[1:] for text in said[1:])]) + "."
 
@@ -258,8 +254,7 @@ def _hinges(structure: Structure, rows: np.ndarray, before: np.ndarray, after: n
     turns = np.zeros(len(before))  # between each residue and the next
     for chid in dict.fromkeys(chids):
         own = np.flatnonzero(chids == chid)
-        starts = range(len(own) - _WINDOW + 1)
-        stretches = [own[start : start + _WINDOW] for start in starts]
+        stretches = [own[start : start + _WINDOW] for start in range(len(own) - _WINDOW + 1)]
         local = np.array([_fit(before[part], after[part])[0] for part in stretches])
         relative = local[:-_WINDOW].transpose(0, 2, 1) @ local[_WINDOW:]
         turns[own[_WINDOW - 1 : len(own) - _WINDOW]] = Rotation.from_matrix(relative).magnitude()
