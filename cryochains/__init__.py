@@ -3,11 +3,13 @@
 The road through the package, one module a step: a structure (`load_structure`, `match_structures`, `morph`), its
 normal modes (`compute_modes`), particle images (`load_particles`, `simulate_particles`), a model (`CryoChains`),
 the paper's encoder (`fit`) or the refinement (`refine`), the principal motions (`compute_pca`), the scores
-(`score_motion`, `information_limit`), figures (`cryochains.plots`), and a molecule that moves (`slide`).
+(`score_motion`, `information_limit`), figures (`cryochains.plots`), and a molecule that moves (`explore`).
 
 Conventions: Å; radians inside, degrees where a person reads; rotations act on column vectors, x' = R x; projection
 along z; images (batch, y, x) with the origin at pixel ``box_size // 2``; protein-bright.
 """
+
+from importlib import import_module
 
 from .dynamics import Dynamics
 from .imaging import CTF, Imaging
@@ -27,6 +29,12 @@ from .training import Epoch, encode_particles, fit
 
 __version__ = "0.1.0"
 
+# Imported when they are asked for: widgets need the extras [lab], and everything else works without them.
+LATER = {
+    "explore": "explorer", "save_chimerax": "exports", "save_movie": "exports", "view_modes": "widgets",
+    "view_structure": "widgets",
+}  # fmt: skip
+
 __all__ = [
     "CTF", "CryoChains", "Dynamics", "Epoch", "Imaging", "Modes", "ParticleStack", "Population", "PrincipalMotions",
     "Refinement", "Scores", "Screw", "Structure", "Truth", "change_sentence", "compute_modes", "compute_pca",
@@ -38,13 +46,10 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # Widgets need the extras [lab]; everything else works without them.
-    if name == "slide":
-        from .widgets import slide
-
-        return slide
+    if name in LATER:
+        return getattr(import_module(f".{LATER[name]}", __name__), name)
     raise AttributeError(f"module 'cryochains' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "slide"])
+    return sorted([*globals(), *LATER])

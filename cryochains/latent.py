@@ -16,6 +16,8 @@ from .sources import write_pdb
 
 # What people ask for: Fig. 3's two panels a chain, or everything.
 KIND_GROUPS = {"modes": ("mode",), "rigid": ("rotation", "translation"), "all": KINDS}
+# Particles that components are found from.
+MOST = 200_000
 
 
 def latent_table(dynamics: Dynamics, latents: Tensor, ids=None, std: Tensor | None = None) -> pd.DataFrame:
@@ -36,19 +38,24 @@ def latent_table(dynamics: Dynamics, latents: Tensor, ids=None, std: Tensor | No
     >>> list(latent_table(dynamics, torch.zeros(2, 12)).columns[:4])
     ['A turn x (°)', 'A turn y (°)', 'A turn z (°)', 'A shift x (Å)']
     """
-    names, units = [], []
+    names, units = latent_names(dynamics)
+    table = pd.DataFrame(latents.cpu().numpy() * units, columns=names, index=ids)
+    if std is not None:
+        errors = pd.DataFrame(std.cpu().numpy() * units, columns=[f"± {name}" for name in names], index=ids)
+        table = pd.concat([table, errors], axis=1)
+    return table
+
+
+def latent_names(dynamics: Dynamics) -> tuple[list[str], np.ndarray]:
+    """(p,) names of the latents, such as "A turn x (°)", and (p,) how many of those units one latent unit is."""
+    names = []
     for chain, chain_id in enumerate(dynamics.structure.chain_ids):
         layout = dynamics.chains[chain]
         n_modes = layout.mode.stop - layout.mode.start
         names += [f"{chain_id} mode {k + 1} (Å)" for k in range(n_modes)]
         names += [f"{chain_id} turn {axis} (°)" for axis in "xyz"] if dynamics.rotation else []
         names += [f"{chain_id} shift {axis} (Å)" for axis in "xyz"] if dynamics.translation else []
-    units = dynamics.scale * np.where(dynamics.latent_kind == "rotation", 180 / np.pi, 1.0)
-    table = pd.DataFrame(latents.cpu().numpy() * units, columns=names, index=ids)
-    if std is not None:
-        errors = pd.DataFrame(std.cpu().numpy() * units, columns=[f"± {name}" for name in names], index=ids)
-        table = pd.concat([table, errors], axis=1)
-    return table
+    return names, dynamics.scale * np.where(dynamics.latent_kind == "rotation", 180 / np.pi, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +75,7 @@ class PrincipalMotions:
 
     def transform(self, latents: Tensor) -> np.ndarray:
         """(N, k) scores of other latents (N, p), such as those of held-out particles."""
-        return (latents.cpu().numpy() - self.mean) @ self.components.T
+        return _scores(latents.cpu().numpy(), self.mean, self.components)
 
     def traverse(self, component: int = 0, n: int = 11, percentiles: tuple[float, float] = (5, 95)) -> Tensor:
         """(n, p) latents evenly along a component between two percentiles of the particles; the rest at the mean.
@@ -127,15 +134,21 @@ def compute_pca(
     n_components = min(n_components, int(wanted.sum()), len(latents))
     if n_components < 1 or len(latents) < 2:
         raise ValueError(f"expected at least two particles and one {kind} latent, got {latents.shape} latents")
-    values = latents.cpu().double().numpy()
-    pca = PCA(n_components, random_state=0).fit(values[:, wanted])
+    values = latents.cpu().numpy()
+    # Of a million particles every fifth tells the components as well.
+    sample = values[:: -(-len(values) // MOST), wanted].astype(np.float64)
+    pca = PCA(n_components, random_state=0).fit(sample)
     components = np.zeros((n_components, dynamics.n_latents))
     components[:, wanted] = pca.components_
-    mean = values.mean(0)
+    mean = values.mean(0, dtype=np.float64)
     label = f"{'all chains' if chain is None else f'chain {chain}'}, {'α and R|t' if kind == 'all' else kind}"
-    return PrincipalMotions(
-        dynamics, label, mean, components, pca.explained_variance_ratio_, (values - mean) @ components.T
-    )
+    ratios, scores = pca.explained_variance_ratio_, _scores(values, mean, components)
+    return PrincipalMotions(dynamics, label, mean, components, ratios, scores)
+
+
+def _scores(values: np.ndarray, mean: np.ndarray, components: np.ndarray) -> np.ndarray:
+    """(N, k) scores of (N, p) latents, without a copy of them in double precision."""
+    return (values @ components.T.astype(values.dtype)).astype(np.float64) - mean @ components.T
 
 
 @torch.no_grad()

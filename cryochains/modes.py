@@ -226,3 +226,16 @@ def _soft_sparse(hessian: sparse.csc_matrix, rigid: np.ndarray, k: int) -> tuple
     inverted, vectors = eigsh(inverse, k=k, which="LA", v0=start)
     order = np.argsort(-inverted)
     return 1 / inverted[order] - shift, vectors[:, order]
+
+
+def find_chain(structure: Structure, modes: Modes, chain: str | None = None, mode: int = 0) -> int:
+    """Number of the chain with this id, by default the first; ValueError where it or its mode does not exist."""
+    if modes.structure_hash != structure.content_hash:
+        raise ValueError(f"expected modes of {structure!r}, got others; try compute_modes on this structure")
+    chain = structure.chain_ids[0] if chain is None else chain
+    if chain not in structure.chain_ids:
+        raise ValueError(f"expected a chain of {', '.join(structure.chain_ids)}, got {chain!r}")
+    number = structure.chain_ids.index(chain)
+    if not 0 <= mode < modes.n_modes[number]:
+        raise ValueError(f"expected a mode from 0 to {modes.n_modes[number] - 1}, got {mode}")
+    return number

@@ -1,6 +1,6 @@
-"""Widgets for JupyterLab, the only room of NGLView and ipywidgets: thin over plain functions.
+"""Molecules in a notebook, the only room of NGLView: thin over plain functions.
 
-Symbols: X → `coords`, along a component; only they travel to the browser when the slider moves.
+Only coordinates, and colours when they are asked for, travel to the browser when something moves.
 """
 
 import json
@@ -11,11 +11,13 @@ from string import ascii_letters, digits
 import numpy as np
 import prody
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from scipy.spatial.transform import Rotation
 
-from .latent import PrincipalMotions
-from .metrics import rmsd
-from .plots import COLORS
+from .dynamics import Dynamics
+from .modes import Modes, find_chain
+from .plots import COLORS, facing
 from .structure import Structure
 
 try:
@@ -29,20 +31,10 @@ except ImportError as error:
         "try pip install 'cryochains[lab]'"
     ) from error
 
-
-@torch.no_grad()
-def conformations(
-    motions: PrincipalMotions, component: int = 0, percentiles: tuple[float, float] = (5, 95), n: int = 21
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores (n,) in Å evenly along a component, all atoms (n, n_all, 3) there, and RMSD (n,) to the reference in Å."""
-    if n < 2:
-        raise ValueError(f"expected two conformations or more, got n={n}; try n=21")
-    structure = motions.dynamics.structure
-    path = motions.traverse(component, n, percentiles)
-    coords = motions.dynamics.with_structure(structure.all_atoms()).decode(path)
-    reference = torch.from_numpy(structure.coords).float()
-    to_reference = rmsd(coords[:, structure.rows], reference.expand(n, -1, -1))
-    return motions.transform(path)[:, component], coords.numpy(), to_reference.numpy()
+# Values on atoms, such as displacements: dark is little.
+SCALE = [to_hex(colormaps["viridis"](share)) for share in np.linspace(0, 1, 9)]
+# Places of a swing there and back.
+SWING = 24
 
 
 def pdb_text(structure: Structure, coords: np.ndarray) -> tuple[str, list[str]]:
@@ -57,12 +49,6 @@ def pdb_text(structure: Structure, coords: np.ndarray) -> tuple[str, list[str]]:
     return stream.getvalue(), letters
 
 
-def facing(moved: np.ndarray) -> list[float]:
-    """Quaternion (x, y, z, w) that lays the main direction of displacements (n, 3) along the screen."""
-    directions = np.linalg.svd(moved, full_matrices=False)[2]
-    return Rotation.from_matrix(directions * np.linalg.det(directions)).as_quat().tolist()
-
-
 def check_front_end() -> None:
     """Say what to install when NGLView's JavaScript is not the one its Python asks for, instead of a blank cell."""
     packages = [Path(folder, "nglview-js-widgets", "package.json") for folder in jupyter_path("labextensions")]
@@ -75,75 +61,163 @@ def check_front_end() -> None:
         )
 
 
-class MotionSlider(ipywidgets.VBox):
-    """NGLView over a slider along one component; made by `slide`. ``view``, ``slider`` and ``status`` are its parts."""
+class Molecule(nglview.NGLWidget):
+    """A structure in NGLView whose atoms can be moved and coloured. ``coords`` (n_all, 3) is what was last sent.
 
-    def __init__(self, motions: PrincipalMotions, component: int, percentiles: tuple[float, float], n: int):
-        self.scores, self.coords, self.rmsd = conformations(motions, component, percentiles, n)
-        structure = motions.dynamics.structure
-        self.title, self.reference = f"PC{component + 1} of {motions.label}", structure.name
-        spread = float(motions.scores[:, component].std()) or 1.0
-        # Zero is added so that nothing reads -0.0.
-        values = [(round(score, 1) + 0, round(score / spread, 1) + 0) for score in self.scores]
-        places = [(f"{score:+.1f} Å ({deviations:+.1f} SD)", i) for i, (score, deviations) in enumerate(values)]
-        start = int(np.abs(self.scores).argmin())
+    `moved` (k, 3) are displacements that should lie along the screen; default the structure's own directions.
+    """
 
-        text, letters = pdb_text(structure, self.coords[start])
-        self.view = nglview.NGLWidget(nglview.TextStructure(text), default_representation=False)
-        for body, letter in enumerate(letters):
-            self.view.add_representation("cartoon", f":{letter}", color=COLORS[body % len(COLORS)])
-        self.view.add_representation("licorice", "not polymer")
-        self.view.center()
-        self.view.control.rotate(facing(self.coords[-1] - self.coords[0]))
+    def __init__(self, structure: Structure, coords: np.ndarray, moved: np.ndarray | None = None):
+        check_front_end()
+        text, self.letters = pdb_text(structure, coords)
+        self.coords, self.values, self.centered = coords, None, False
+        super().__init__(nglview.TextStructure(text), default_representation=False)
+        self._draw_chains()
+        self.center()
+        turn = facing(coords - coords.mean(0) if moved is None else moved)
+        self.control.rotate(Rotation.from_matrix(turn).as_quat().tolist())
         # Without a size of its own the view is nothing high.
-        self.view.layout.width, self.view.layout.height = "100%", "420px"
-        # A view that has just drawn, or one opened anew, shows the text's conformation: send the slider's.
-        self.view.on_msg(lambda _, message, __: message.get("type") == "request_repr_dict" and self.show())
+        self.layout.width, self.layout.height = "100%", "420px"
+        self.on_msg(lambda _, message, __: message.get("type") == "request_repr_dict" and self._drawn())
 
-        self.slider = ipywidgets.SelectionSlider(
-            options=places, value=start, description=f"PC{component + 1}", readout=False, layout={"width": "100%"}
-        )
-        self.slider.observe(lambda _: self.show(), "value")
-        self.status = ipywidgets.Label()
-        super().__init__([self.view, self.slider, self.status], layout={"width": "720px"})
-        self.show()
+    def move(self, coords: np.ndarray, values: np.ndarray | None = None) -> None:
+        """Send coordinates (n_all, 3) in Å and, where atoms are coloured by values, the `values` (n_all,)."""
+        self.coords, self.values = coords, values
+        self._tell_browser()
 
-    def show(self) -> None:
-        """Move the atoms to the slider's conformation; an error is written below the slider, where it is seen."""
-        try:
-            number = self.slider.value
-            self.view.set_coordinates({0: self.coords[number]})
-            distance = f"RMSD to {self.reference} {self.rmsd[number]:.2f} Å"
-            self.status.value = f"{self.title} at {self.slider.label}: {distance}"
-        except Exception as error:
-            self.status.value = f"This conformation could not be shown: {type(error).__name__}: {error}"
+    def color_chains(self) -> None:
+        """One colour a chain."""
+        self.values = None
+        self.clear_representations()
+        self._draw_chains()
+
+    def _draw_chains(self) -> None:
+        for body, letter in enumerate(self.letters):
+            self.add_representation("cartoon", f":{letter}", color=COLORS[body % len(COLORS)])
+        self.add_representation("licorice", "not polymer")
+
+    def color_values(self, top: float) -> None:
+        """Colours from 0 to `top`, of the values that `move` sends from now on."""
+        self.clear_representations()
+        for kind, selection in (("cartoon", "polymer"), ("licorice", "not polymer")):
+            colors = {"color": "bfactor", "colorScale": SCALE, "colorDomain": [0, top]}
+            self.add_representation(kind, selection, **colors)
+
+    def show_ghost(self, structure: Structure, shown: bool) -> None:
+        """The reference, pale, behind the molecule."""
+        if shown and len(self._ngl_component_ids) == 1:
+            text, _ = pdb_text(structure, structure.atoms.getCoords())
+            self.add_component(nglview.TextStructure(text), default_representation=False)
+            self.add_representation("cartoon", "polymer", component=1, color="#999999", opacity=0.3)
+        elif len(self._ngl_component_ids) > 1:
+            self._remote_call("setVisibility", target="compList", args=[shown], kwargs={"component_index": 1})
+
+    def _drawn(self) -> None:
+        # A view that has just drawn, or one opened anew, shows the text's conformation, and from afar where it had no
+        # size yet: bring it near, once, and send the last conformation.
+        if not self.centered:
+            self.center()
+            self.centered = True
+        self._tell_browser()
+
+    def _tell_browser(self) -> None:
+        self.set_coordinates({0: self.coords})
+        if self.values is not None:
+            # NGL has no message for values on atoms; its own B-factors are where its colours look.
+            values = json.dumps(np.round(self.values, 2).tolist())
+            code = (
+                "var c = this.stage.compList[0]; if (c) { "
+                f"c.structure.atomStore.bfactor.set({values}); c.updateRepresentations({{color: true}}) }}"
+            )
+            # Not kept: what a view opened anew needs is sent when it asks.
+            self._remote_call("executeCode", target="Widget", args=[code], fire_once=True)
 
     def __repr__(self) -> str:
-        (n, n_atoms), ends = self.coords.shape[:2], f"{self.scores[0]:+.1f} to {self.scores[-1]:+.1f} Å"
-        return f"MotionSlider({self.title}: {n} conformations of {n_atoms:,} atoms, {ends})"
+        return f"Molecule({len(self.coords):,} atoms, chains {', '.join(self.letters)})"
 
 
-def slide(
-    motions: PrincipalMotions, component: int = 0, percentiles: tuple[float, float] = (5, 95), n: int = 21
-) -> MotionSlider:
-    """A molecule that moves with a slider of `n` places along a component, between two percentiles of the particles.
+def view_structure(structure: Structure) -> Molecule:
+    """The structure in NGLView, one colour a chain; `plots.plot_structure` is the picture of it.
 
-    Component 0 is PC1; every chain has its colour.
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> view_structure(load_structure("glua3-closed"))
+    Molecule(5,995 atoms, chains A, B)
+    """
+    return Molecule(structure, structure.atoms.getCoords())
+
+
+class ModeViewer(ipywidgets.VBox):
+    """One chain's modes as arrows, and swinging; made by `view_modes`."""
+
+    def __init__(self, structure: Structure, modes: Modes, chain: int, mode: int, amplitude: float):
+        self.chain, self.amplitude = chain, amplitude
+        self.dynamics = dynamics = Dynamics(structure, modes, rotation=False, translation=False)
+        self.every = dynamics.with_structure(dynamics.structure.all_atoms())
+        resting = self.every.reference.numpy()
+        self.molecule = Molecule(structure, resting, self.swing(mode)[SWING // 4] - resting)
+        self.mode = ipywidgets.Dropdown(
+            options=[(f"mode {k + 1}", k) for k in range(modes.n_modes[chain])], value=mode,
+            description=f"chain {structure.chain_ids[chain]}",
+        )  # fmt: skip
+        self.play = ipywidgets.Play(min=0, max=SWING - 1, interval=80, repeat=True)
+        self.mode.observe(lambda _: self.draw(), "value")
+        self.play.observe(lambda _: self.molecule.move(self.frames[self.play.value]), "value")
+        self.status = ipywidgets.Label()
+        super().__init__([self.molecule, ipywidgets.HBox([self.mode, self.play, self.status])])
+        self.arrows = None
+        self.draw()
+
+    @torch.no_grad()
+    def swing(self, mode: int) -> np.ndarray:
+        """(SWING, n_all, 3) coordinates there and back, by `amplitude` Å (RMS of the chain)."""
+        phase = torch.sin(torch.arange(SWING) * 2 * torch.pi / SWING)
+        latents = torch.zeros(SWING, self.dynamics.n_latents)
+        latents[:, self.dynamics.chains[self.chain].mode.start + mode] = self.amplitude * phase
+        return self.every.decode(latents).numpy()
+
+    def draw(self) -> None:
+        """Arrows and frames of the mode that is chosen; an error is written where it is seen."""
+        try:
+            number, structure = self.mode.value, self.dynamics.structure
+            self.frames = self.swing(number)
+            start = structure.node_coords[structure.node_chain == self.chain]
+            vector = self.dynamics.modes.vectors[self.chain][number]
+            color = [int(COLORS[self.chain % len(COLORS)][i : i + 2], 16) / 510 for i in (1, 3, 5)]
+            # Three times as long as the swing, or nobody would see them.
+            ends = start + 3 * self.amplitude * np.sqrt(len(start)) * vector
+            shapes = [("arrow", a.tolist(), b.tolist(), color, 0.35) for a, b in zip(start, ends, strict=True)]
+            if self.arrows is not None:
+                self.molecule.remove_component(self.arrows)
+            self.arrows = self.molecule._add_shape(shapes, name="mode")
+            softness = self.dynamics.modes.eigenvalues[self.chain]
+            self.status.value = f"{np.sqrt(softness[number] / softness[0]):.1f} × the frequency of mode 1"
+        except Exception as error:
+            self.status.value = f"This mode could not be shown: {type(error).__name__}: {error}"
+
+    def __repr__(self) -> str:
+        chain = self.dynamics.structure.chain_ids[self.chain]
+        return f"ModeViewer(chain {chain}: {len(self.mode.options)} modes, ±{self.amplitude:g} Å)"
+
+
+def view_modes(
+    structure: Structure, modes: Modes, chain: str | None = None, mode: int = 0, amplitude: float = 2.0
+) -> ModeViewer:
+    """A chain's modes as arrows on the structure, and swinging by ± `amplitude` Å (RMS of the chain).
+
+    By default the softest of the first chain; `plots.plot_modes` is the picture of it.
 
     Raises
     ------
     ValueError
-        For a component that does not exist, or fewer than two places.
-    ImportError
-        When NGLView's Python and JavaScript are not of one version.
+        For modes of another structure, an unknown chain, or a mode that does not exist.
 
     Examples
     --------
-    >>> from cryochains import Dynamics, compute_pca, load_structure
-    >>> dynamics = Dynamics(load_structure("glua3-closed"))
-    >>> shifts = torch.eye(12)[11] * torch.arange(5)[:, None]
-    >>> slide(compute_pca(dynamics, shifts, chain="B", kind="rigid"), n=5)
-    MotionSlider(PC1 of chain B, rigid: 5 conformations of 5,995 atoms, -1.8 to +1.8 Å)
+    >>> from cryochains import compute_modes, load_structure
+    >>> closed = load_structure("glua3-closed")
+    >>> view_modes(closed, compute_modes(closed, 5), chain="B")
+    ModeViewer(chain B: 5 modes, ±2 Å)
     """
-    check_front_end()
-    return MotionSlider(motions, component, percentiles, n)
+    return ModeViewer(structure, modes, find_chain(structure, modes, chain, mode), mode, amplitude)

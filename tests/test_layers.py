@@ -11,9 +11,10 @@ PACKAGE = ROOT / "cryochains"
 
 ONLY_IN = {
     "nglview": {"widgets"},
-    "ipywidgets": {"widgets"},
-    "IPython": {"widgets"},
-    "matplotlib": {"plots", "widgets"},
+    "ipywidgets": {"widgets", "panels", "explorer"},
+    "jscatter": {"panels"},
+    "IPython": {"explorer"},
+    "matplotlib": {"plots", "exports", "widgets", "explorer"},
     "torch_ctf": {"imaging"},
     "mrcfile": {"stacks", "relion"},
     "starfile": {"relion"},
@@ -72,5 +73,5 @@ def test_libraries_with_one_room(library):
 
 def test_table_keeps_the_walls_of_the_house():
     assert LAYERS["imaging"] <= {"files"}, "imaging knows nothing of chains"
-    for module in LAYERS.keys() - {"widgets"}:
+    for module in LAYERS.keys() - {"exports", "widgets", "panels", "explorer"}:
         assert not {"plots", "widgets"} & LAYERS[module], f"{module} draws nothing"

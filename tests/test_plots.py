@@ -4,11 +4,9 @@ from io import BytesIO
 
 import matplotlib.pyplot
 import numpy as np
-import prody
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
 from cryochains import plots
 from cryochains.dynamics import Dynamics
@@ -18,7 +16,6 @@ from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
 from cryochains.particles import ParticleStack
 from cryochains.simulation import simulate_particles
-from cryochains.structure import load_structure
 from cryochains.training import Epoch
 
 
@@ -133,6 +130,19 @@ def test_conformations(dynamics, particles, component):
     assert f"PC{component + 1}" in text and "chain A" in text and "chain B" in text
 
 
+def test_conformations_draw_every_chain(dynamics, particles, closed):
+    figure = plots.plot_conformations(compute_pca(dynamics, particles.truth.latents), component=1, n=3)
+    for axis in figure.axes:
+        # Three conformations, each with every chain whole; missing residues are gaps, and everything else is inside.
+        apart = np.linalg.norm(np.diff(closed.node_coords, axis=0), axis=1)
+        bonds = ((apart < 8) & (np.diff(closed.node_chain) == 0)).sum()
+        assert 0.95 * closed.n_nodes < bonds < closed.n_nodes - closed.n_chains
+        drawn = np.array([lines.get_segments() for lines in axis.collections])
+        assert drawn.shape == (3, bonds, 2, 2) and np.isfinite(drawn).all()
+        low, high = axis.get_xlim()
+        assert (drawn > low).all() and (drawn < high).all()
+
+
 def test_residue_motion(dynamics, particles, closed):
     motions = compute_pca(dynamics, particles.truth.latents)
     path = motions.traverse(0, n=3)
@@ -186,8 +196,8 @@ def test_structure(closed):
 def test_no_picture_is_a_mirror_image():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        assert np.linalg.det(plots._facing(rng.normal(size=(30, 3)))) == pytest.approx(1)
-    np.testing.assert_allclose(plots._facing(np.zeros((5, 3))), np.eye(3))
+        assert np.linalg.det(plots.facing(rng.normal(size=(30, 3)))) == pytest.approx(1)
+    np.testing.assert_allclose(plots.facing(np.zeros((5, 3))), np.eye(3))
 
 
 @pytest.mark.parametrize("chain, mode", [(None, 0), ("B", 1)])
@@ -226,85 +236,20 @@ def test_modes_that_do_not_exist(closed, opened):
 # Files
 
 
-@pytest.fixture(scope="module")
-def motions(dynamics, particles):
-    return compute_pca(dynamics, particles.truth.latents)
+@pytest.mark.parametrize("n", [30, 3000])
+@pytest.mark.parametrize("component", [0, 2])
+def test_explorer_is_its_points_and_its_molecule(dynamics, n, component):
+    latents = torch.randn(n, dynamics.n_latents, generator=torch.Generator().manual_seed(0))
+    motions = compute_pca(dynamics, latents)
+    text = draw(plots.plot_explorer(motions, component, "chain B turns"), panels=2)
+    other = 2 if component == 0 else 1
+    assert f"PC{component + 1} (Å, " in text and f"PC{other} (Å, " in text
+    assert "chain B turns" in text and "chain A" in text and "(pale)" in text
 
 
-def test_movie_swings_there_and_back(motions, tmp_path):
-    path = plots.save_movie(tmp_path / "new" / "pc1.gif", motions, n=8, fps=10)
-    assert [file.name for file in path.parent.iterdir()] == ["pc1.gif"]
-    with Image.open(path) as movie:
-        assert movie.n_frames == 8 and movie.info["duration"] == 100 and movie.info["loop"] == 0
-        frames = []
-        for number in range(8):
-            movie.seek(number)
-            frames.append(np.asarray(movie.convert("L"), dtype=float))
-    apart = [np.abs(frame - frames[0]).mean() for frame in frames]
-    assert min(apart[1:]) > 0.1 and np.argmax(apart) == 4, "farthest in the middle"
-    assert apart[1] == pytest.approx(apart[7], rel=0.05) and apart[2] == pytest.approx(apart[6], rel=0.05)
-    # Only the backbones move: the camera stands still.
-    edges = np.stack([np.concatenate([frame[:30].ravel(), frame[-30:].ravel()]) for frame in frames])
-    assert np.ptp(edges, axis=0).max() < 40, "but for the colours of a GIF"
-
-
-def test_movies_that_cannot_be_written(motions, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.FFMpegWriter, "isAvailable", lambda: False)
-    for name, settings, sentence in (
-        ("a.avi", {}, "expected a path that ends in .gif or .mp4"),
-        ("a.gif", {"n": 1}, "two frames or more, got a.gif, n=1"),
-        ("a.gif", {"component": 9}, "expected a component from 0 to 4, got 9"),
-        ("a.mp4", {}, "expected the program ffmpeg, which writes MP4, got none; try a.gif"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            plots.save_movie(tmp_path / name, motions, **settings)
-    assert not list(tmp_path.iterdir())
-
-
-def test_interrupted_movie_leaves_no_half_file(motions, tmp_path, monkeypatch):
-    (tmp_path / "a.gif").write_text("old")
-
-    def stop(writer):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(plots.PillowWriter, "finish", stop)
-    with pytest.raises(KeyboardInterrupt):
-        plots.save_movie(tmp_path / "a.gif", motions, n=2)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-
-
-def commands(path) -> list[str]:
-    return path.read_text().splitlines()
-
-
-def test_chimerax_script_finds_its_file(motions, tmp_path):
-    script = plots.save_chimerax(tmp_path / "one" / "my pc1.cxc", motions.dynamics, motions.traverse(0, 3))
-    moved = (tmp_path / "one").rename(tmp_path / "two") / script.name
-    lines = commands(moved)
-    name = lines[0].removeprefix('open "').removesuffix('" coordset true')
-    assert name == "my pc1.pdb", "beside the script, wherever that is"
-    assert prody.parsePDB(str(moved.parent / name)).numCoordsets() == 3
-    assert "color #1/A #0072B2" in lines and "color #1/B #D55E00" in lines and "cartoon" in lines
-    assert lines[-1] == "coordset slider #1"
-    with pytest.raises(ValueError, match="expected a path that ends in .cxc, got a.py; try a.cxc"):
-        plots.save_chimerax(tmp_path / "a.py", motions.dynamics, motions.traverse(0, 3))
-    assert [path.name for path in tmp_path.iterdir()] == ["two"]
-
-
-def test_chimerax_script_names_chains_as_the_file_does(closed, tmp_path):
-    atoms = closed.atoms.copy()
-    atoms.setChids(np.where(atoms.getChids() == "A", "light", "heavy"))
-    structure = load_structure(atoms)
-    script = plots.save_chimerax(tmp_path / "a.cxc", Dynamics(structure), torch.zeros(2, 12))
-    letters = list(dict.fromkeys(prody.parsePDB(str(tmp_path / "a.pdb")).getChids()))
-    colors = [line.split()[1:] for line in commands(script) if line.startswith("color")]
-    assert colors == [[f"#1/{letter}", color] for letter, color in zip(letters, plots.COLORS, strict=False)]
-
-
-def test_chimerax_script_colours_bodies_within_a_chain(closed, tmp_path):
-    bodies = {"tip": "chain A and resnum 20 to 22", "base": "chain A and resnum 30 to 33", "rest": "chain B"}
-    structure = load_structure(closed.atoms, bodies=bodies)
-    script = plots.save_chimerax(tmp_path / "a.cxc", Dynamics(structure), torch.zeros(2, 18))
-    colors = [line.split()[1:] for line in commands(script) if line.startswith("color")]
-    specs = ["#1/A:20,21,22", "#1/A:30,31,32,33", "#1/B"]
-    assert colors == [[spec, color] for spec, color in zip(specs, plots.COLORS, strict=False)]
+def test_explorer_of_one_component(closed):
+    dynamics = Dynamics(closed, compute_modes(closed, 1), rotation=False, translation=False)
+    motions = compute_pca(dynamics, torch.randn(30, 2), chain="A")
+    assert "particles" in draw(plots.plot_explorer(motions), panels=2)
+    with pytest.raises(ValueError, match="expected a component from 0 to 0, got 1"):
+        plots.plot_explorer(motions, 1)

@@ -1,0 +1,117 @@
+"""The latent space as points on a screen: their density, their columns, and what is not known of each.
+
+Symbols: z → `latents`; C, the posterior covariance of z; D = ∂X/∂z, so that an atom's error bar is √tr(D C Dᵀ).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from .dynamics import Dynamics
+from .files import atomic_path
+from .latent import PrincipalMotions
+from .particles import ParticleStack
+
+
+def point_density(x: np.ndarray, y: np.ndarray, bins: int = 200) -> np.ndarray:
+    """(N,) how crowded the place of each point is, 1 at the most crowded one: a histogram a little smoothed.
+
+    Examples
+    --------
+    >>> crowd = point_density(np.r_[np.zeros(99), 5.0], np.r_[np.zeros(99), 5.0])
+    >>> bool(crowd[0] == 1 and crowd[-1] < 0.02)
+    True
+    """
+    counts, *edges = np.histogram2d(x, y, bins)
+    crowd = gaussian_filter(counts, 1.5, mode="constant")
+    # The last point of each axis is in the last bin, not behind it.
+    places = [np.searchsorted(edge[1:-1], values, "right") for edge, values in zip(edges, (x, y), strict=True)]
+    density = crowd[*places]
+    return density / density.max()
+
+
+@torch.no_grad()
+def particle_columns(
+    dynamics: Dynamics, std: Tensor | None = None, particles: ParticleStack | None = None
+) -> pd.DataFrame:
+    """What is known of each particle besides its latents: error bar and defocus, where there are such.
+
+    Parameters
+    ----------
+    std : (N, p) tensor, optional
+        Posterior standard deviations: gives "uncertainty (Å)", RMS over the atoms.
+    particles : ParticleStack, optional
+        With a CTF: gives "defocus (µm)".
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> dynamics = Dynamics(load_structure("glua3-closed"))
+    >>> particle_columns(dynamics, torch.ones(2, 12)).round(1)
+       uncertainty (Å)
+    0              2.2
+    1              2.2
+    """
+    columns = {}
+    if std is not None:
+        # Latents of one chain move its atoms nearly at right angles, so that their squares add up.
+        reference = dynamics.reference.new_zeros(1, dynamics.n_latents)
+        squares = dynamics.gram(reference)[0].diagonal().cpu() / len(dynamics.reference)
+        columns["uncertainty (Å)"] = (std.square() @ squares).sqrt().numpy()
+    if particles is not None and particles.ctf is not None:
+        columns["defocus (µm)"] = ((particles.ctf.defocus_u + particles.ctf.defocus_v) / 2e4).numpy()
+    return pd.DataFrame(columns)
+
+
+@torch.no_grad()
+def atom_uncertainty(dynamics: Dynamics, latents: Tensor, covariance: Tensor) -> np.ndarray:
+    """(n_atoms,) Å, the error bar of every atom's place of one particle: `latents` (p,), their `covariance` (p, p).
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> dynamics = Dynamics(load_structure("glua3-closed"), rotation=False)
+    >>> shifted = atom_uncertainty(dynamics, torch.zeros(6), torch.eye(6))  # each chain by 1 Å a direction
+    >>> bool(np.allclose(shifted, 3**0.5))
+    True
+    """
+    parts = []
+    for chain, layout in enumerate(dynamics.chains):
+        tangents = dynamics.tangents(latents[None].to(dynamics.reference), chain)[0]
+        of_chain = covariance[layout.latents, layout.latents].to(tangents)
+        spread = (of_chain @ tangents.flatten(1)).view_as(tangents)
+        parts.append((spread * tangents).sum((0, 2)).clamp_min(0).sqrt())
+    return torch.cat(parts).cpu().numpy()
+
+
+def save_selection(
+    folder, motions: PrincipalMotions, latents: Tensor, rows: np.ndarray, particles: ParticleStack | None = None
+) -> Path:
+    """Write the particles at `rows` of `latents` (N, p) as selection-1.csv (or -2, …): row, id, scores in Å.
+
+    Particles that came from files are also written as a .star of the same name, for RELION.
+
+    Raises
+    ------
+    ValueError
+        When no particle is selected, or the folder cannot be written.
+    """
+    if not len(rows):
+        raise ValueError("expected a selection, got none; try clicking a point or drawing around some")
+    number = 1
+    while (path := Path(folder, f"selection-{number}.csv")).exists():
+        number += 1
+    scores = motions.transform(latents[rows])
+    table = pd.DataFrame(scores, columns=[f"PC{k + 1} of {motions.label} (Å)" for k in range(scores.shape[1])])
+    table.insert(0, "row", rows)
+    if particles is not None:
+        table.insert(1, "id", particles.ids[rows])
+        if particles.images.paths:
+            particles[rows].save(path.with_suffix(".star"), images=False)
+    with atomic_path(path) as part:
+        table.to_csv(part, index=False)
+    return path

@@ -1,0 +1,272 @@
+"""The explorer shows exactly the decoded conformations, its selections are the right rows, and errors are seen.
+
+Needs no browser: what arrives there is looked at in test_browser.
+"""
+
+import base64
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import cryochains
+from cryochains.dynamics import Dynamics
+from cryochains.inference import posterior_covariance, refine
+from cryochains.landscape import atom_uncertainty
+from cryochains.latent import latent_table
+from cryochains.model import CryoChains
+from cryochains.modes import compute_modes
+from cryochains.simulation import simulate_particles
+
+ROOT = Path(__file__).resolve().parent.parent
+LAB = ("ipywidgets", "nglview", "jscatter")
+N = 300
+
+
+@pytest.fixture(scope="module", autouse=True)
+def explorer():
+    for name in LAB:
+        pytest.importorskip(name, reason="the extras [lab] are not installed")
+    from cryochains import explorer
+
+    return explorer
+
+
+@pytest.fixture
+def notebook(explorer, monkeypatch):
+    """As if this Python were a notebook's kernel."""
+    monkeypatch.setattr(explorer, "in_notebook", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def dynamics(closed):
+    return Dynamics(closed, compute_modes(closed, 3))
+
+
+@pytest.fixture(scope="module")
+def latents(dynamics):
+    return torch.randn(N, dynamics.n_latents, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def shown(notebook, dynamics, latents):
+    return cryochains.explore(dynamics, latents, columns=pd.DataFrame({"subset": np.arange(N) % 2}))
+
+
+@pytest.fixture(scope="module")
+def refined(closed):
+    """A model, 12 small particles and what was found of them."""
+    particles = simulate_particles(closed, 12, conformations=closed.coords[None], box_size=32, progress=False)
+    model = CryoChains.for_particles(closed, particles, modes=2, width=0.02)
+    return model, refine(model, particles, blurs=(4.0, 0.0), progress=False), particles
+
+
+def sent(shown) -> np.ndarray:
+    """Coordinates that were last sent to the browser."""
+    return shown.molecule._coordinates_dict[0]
+
+
+def decoded(shown, place) -> np.ndarray:
+    every = shown.dynamics.with_structure(shown.dynamics.structure.all_atoms())
+    return every.decode(place[None])[0].numpy()
+
+
+def complaint(shown) -> str:
+    return shown.said.value
+
+
+def test_slider_sends_what_decode_gives(shown, latents):
+    motions = shown.motions
+    np.testing.assert_allclose(sent(shown), decoded(shown, latents.mean(0)), atol=1e-3)
+    shown.components.sliders[1].value = 1.5
+    shown.components.sliders[0].value = -0.5
+    deviations = motions.scores.std(0)
+    path = latents.mean(0).double() + torch.from_numpy(
+        1.5 * deviations[1] * motions.components[1] - 0.5 * deviations[0] * motions.components[0]
+    )
+    np.testing.assert_allclose(sent(shown), decoded(shown, path.float()), atol=1e-3)
+    assert [s.value for s in shown.components.sliders[:3]] == pytest.approx([-0.5, 1.5, 0], abs=0.03)
+
+
+def test_only_coordinates_are_sent(shown, monkeypatch):
+    messages = []
+    monkeypatch.setattr(shown.molecule, "send", lambda content, buffers=(): messages.append((content, buffers)))
+    archive = list(shown.molecule._ngl_msg_archive)
+    shown.components.sliders[0].value = 1.0
+    ((content, (buffer,)),) = messages
+    assert content["type"] == "binary_single" and len(buffer) == len(shown.reference) * 3 * 4
+    assert shown.molecule._ngl_msg_archive == archive
+
+
+def test_sliders_of_a_chain_are_in_physical_units(shown, dynamics):
+    shown.chains.chain.value = "B"
+    names = [slider.description for slider in shown.chains.sliders]
+    turn, shift, bend = names.index("turn y (°)"), names.index("shift x (Å)"), names.index("by (Å)")
+    for index, value in ((turn, 7.0), (shift, -1.2)):
+        shown.chains.sliders[index].max = shown.chains.sliders[index].max + 10
+        shown.chains.sliders[index].value = value
+    shown.chains.mode.value = shown.chains.mode.options[2][1]
+    shown.chains.sliders[bend].value = shown.chains.sliders[bend].max
+    table = latent_table(dynamics, shown.place[None]).iloc[0]
+    assert table["B turn y (°)"] == pytest.approx(7.0) and table["B shift x (Å)"] == pytest.approx(-1.2, abs=1e-5)
+    assert table["B mode 3 (Å)"] == pytest.approx(shown.chains.sliders[bend].max, rel=1e-5)
+    assert table["A turn y (°)"] == pytest.approx(float(shown.motions.mean[4]) * shown.chains.units[4], abs=1e-4)
+    np.testing.assert_allclose(sent(shown), decoded(shown, shown.place), atol=1e-3)
+
+
+def test_browsers_answer_of_the_nearest_step_moves_nothing(shown, latents):
+    shown.select([7])
+    assert torch.equal(shown.place, latents[7])
+    for slider in (*shown.components.sliders, *shown.chains.sliders):
+        slider.value = round(slider.value / slider.step) * slider.step
+    assert torch.equal(shown.place, latents[7])
+
+
+def test_click_shows_the_particle_and_lasso_the_mean(shown, latents):
+    scatter = shown.landscape.scatter
+    scatter.selection = np.array([41])
+    assert shown.rows.tolist() == [41] and "row 41" in shown.selection.children[0].value
+    np.testing.assert_allclose(sent(shown), decoded(shown, latents[41]), atol=1e-3)
+    scatter.selection = np.array([3, 250, 17])
+    assert shown.rows.tolist() == [3, 250, 17]
+    np.testing.assert_allclose(sent(shown), decoded(shown, latents[[3, 250, 17]].mean(0)), atol=1e-3)
+    scatter.selection = np.array([], dtype=int)
+    assert len(shown.rows) == 0 and "Nothing is selected" in shown.selection.children[0].value
+
+
+def test_points_are_the_scores_of_what_is_chosen(shown):
+    landscape = shown.landscape
+    landscape.chain.value, landscape.kind.value = "B", "rigid"
+    landscape.y.value = 2
+    landscape.color.value = "subset"
+    assert shown.motions.label == "chain B, rigid"
+    # Points come scaled to the screen: from -1 to 1.
+    points, scores = landscape.scatter.points, shown.motions.scores[:, [0, 2]]
+    for axis in (0, 1):
+        assert np.corrcoef(points[:, axis], scores[:, axis])[0, 1] == pytest.approx(1)
+    assert set(points[::2, 2]) == {0} and set(points[1::2, 2]) == {1}
+    assert [option for option, _ in landscape.x.options] == ["PC1", "PC2", "PC3", "PC4", "PC5"]
+    assert len(shown.components.children) == 5
+    landscape.kind.value = "modes"
+    assert len(shown.components.children) == 3, "three modes have three components"
+
+
+def test_loop_goes_there_and_back(shown):
+    slider, places = shown.components.sliders[0], []
+    for shown.play.value in range(1, 60):
+        places.append(slider.value)
+    assert max(places) == pytest.approx(slider.max, abs=0.03) and np.argmax(places) == 29
+    assert places[0] < slider.min + 0.2 and places[-1] < slider.min + 0.2
+    assert np.abs(np.diff(places)).max() < 0.2
+
+
+def test_colours_are_displacements_with_a_scale(shown, explorer):
+    shown.components.sliders[0].value = 1.0
+    shown.paint.value = explorer.DISPLACEMENT
+    moved = np.linalg.norm(sent(shown) - shown.reference, axis=-1)
+    np.testing.assert_allclose(shown.molecule.values, moved, atol=1e-4)
+    top = float(shown.bar.value.rpartition("</div>")[0].rpartition(">")[2])
+    assert top >= moved.max() - 0.05
+    shown.components.sliders[0].value = -1.0
+    moved = np.linalg.norm(sent(shown) - shown.reference, axis=-1)
+    np.testing.assert_allclose(shown.molecule.values, moved, atol=1e-4)
+    shown.paint.value = explorer.CHAIN
+    assert shown.molecule.values is None and shown.bar.value == ""
+
+
+def test_particle_has_its_image_and_exact_error_bar(notebook, explorer, refined):
+    model, found, particles = refined
+    shown = cryochains.explore(model, found, particles)
+    assert shown.landscape.color.options == ("density", "uncertainty (Å)", "defocus (µm)")
+    shown.select([5])
+    picture, text = shown.selection.children
+    assert bytes(picture.value).startswith(b"\x89PNG") and str(particles.ids[5]) in text.value
+    shown.paint.value = explorer.UNCERTAINTY
+    exact = posterior_covariance(model, particles, found, [5])[0].float()
+    expected = atom_uncertainty(model.dynamics, found.latents[5], exact)
+    np.testing.assert_allclose(shown.molecule.values[model.structure.rows], expected, rtol=1e-3)
+    error = float(text.value.partition("error bar ")[2].partition(" Å")[0])
+    assert error == pytest.approx(np.sqrt(np.mean(expected**2)), abs=0.006)
+
+
+def test_files_of_the_motion(shown, tmp_path):
+    shown.folder.value = str(tmp_path)
+    shown.landscape.chain.value = "B"
+    for kind in ("pdb", "dcd", "cxc", "gif"):
+        path = shown.save(kind)
+        assert path.parent == tmp_path and path.stat().st_size > 100 and path.name in shown.said.value
+    assert path.name == "pc1-chain-B-α-and-Rt.gif"
+    shown.select([1, 2])
+    assert pd.read_csv(shown.save_selection())["row"].tolist() == [1, 2]
+    # The browser answers with the picture later.
+    path = shown.save("png")
+    from nglview.widget import _TRACKED_WIDGETS
+
+    list(_TRACKED_WIDGETS.values())[-1].value = b"\x89PNG the view"
+    assert path.read_bytes() == b"\x89PNG the view"
+
+
+def test_errors_are_seen_and_the_next_thing_works(shown, monkeypatch):
+    shown.landscape.scatter.selection = np.array([N + 5])
+    assert f"expected particles from 0 to {N - 1}, got {N + 5}" in complaint(shown)
+
+    def refuse(coordinates):
+        raise RuntimeError("the kernel is busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shown.molecule, "set_coordinates", refuse)
+        shown.components.sliders[0].value = 0.5
+        assert "RuntimeError: the kernel is busy" in complaint(shown)
+    shown.components.sliders[0].value = 1.0
+    assert complaint(shown).startswith("RMSD to")
+
+
+def test_bad_input_is_a_sentence(notebook, shown, refined, dynamics, latents, closed):
+    model, found, particles = refined
+    with pytest.raises(ValueError, match=f"expected latents .N, {dynamics.n_latents}., got"):
+        cryochains.explore(dynamics, latents[:, 1:])
+    other = Dynamics(cryochains.load_structure("glua3-open"), rotation=False)
+    with pytest.raises(ValueError, match="expected a refinement of .*, got one of another structure"):
+        cryochains.explore(other, found)
+    with pytest.raises(ValueError, match="expected 12 particles, one a row of latents, got 5"):
+        cryochains.explore(model, found, particles[:5])
+    with pytest.raises(ValueError, match="expected 300 rows of columns, one a row of latents, got 2"):
+        cryochains.explore(dynamics, latents, columns=pd.DataFrame({"a": [1, 2]}))
+    with pytest.raises(ValueError, match="expected a component from 0 to 4, got 9"):
+        shown.set_component(9, 1.0)
+    with pytest.raises(ValueError, match="expected at least one particle, got none; try drawing"):
+        shown.show_group([])
+    with pytest.raises(ValueError, match="expected a selection, got none"):
+        shown.save_selection()
+    with pytest.raises(ValueError, match="expected one of pdb, dcd, cxc, gif, png, got 'xyz'"):
+        shown.save("xyz")
+
+
+def test_outside_a_notebook_there_is_the_figure(dynamics, latents):
+    with pytest.warns(UserWarning, match="expected a notebook, .* found none: this is the static figure"):
+        assert isinstance(cryochains.explore(dynamics, latents), Figure)
+
+
+def test_page_without_widgets_has_the_picture(shown):
+    bundle = shown._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert repr(shown) == "Explorer(300 particles, all chains, α and R|t, 5 components)"
+
+
+@pytest.mark.parametrize("missing", LAB)
+def test_without_the_lab_extras_it_says_what_to_install(missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import cryochains\n"
+        "assert {'explore', 'view_modes', 'view_structure'} <= set(dir(cryochains))\n"
+        "try: cryochains.explore\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.rstrip().endswith("try pip install 'cryochains[lab]'"), done.stderr
