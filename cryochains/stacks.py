@@ -160,17 +160,11 @@ class Images:
 
 def positions(rows, n: int) -> np.ndarray:
     """(k,) int64 positions 0 … n−1 meant by an int, a slice, indices (negative: from the end) or a mask."""
-    if isinstance(rows, slice):
-        return np.arange(*rows.indices(n))
-    rows = np.atleast_1d(rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows))
-    if rows.dtype == bool:
-        if rows.shape != (n,):
-            raise IndexError(f"expected a mask of shape ({n},), got {rows.shape}")
-        return np.flatnonzero(rows)
-    rows = rows.astype(np.int64, casting="safe" if rows.size else "unsafe")
-    if rows.size and (rows.min() < -n or rows.max() >= n):
-        raise IndexError(f"expected positions within {n} particles, got {rows.min()} to {rows.max()}")
-    return rows % max(n, 1)
+    rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+    try:
+        return np.array(np.arange(n)[rows], ndmin=1)
+    except IndexError as error:
+        raise IndexError(f"expected positions within {n} particles, got {np.asarray(rows)} ({error})") from error
 
 
 def write_stack(path: Path, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float) -> None:
