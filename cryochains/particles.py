@@ -6,7 +6,7 @@ batch asks for them, and the order of rows never changes by itself.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -105,7 +105,8 @@ class ParticleStack:
     ids: np.ndarray | None = None
     rows: np.ndarray | None = None
     truth: Truth | None = None
-    _table: ParticleTable | None = None
+    # What was read from a file, and as what: columns of the file are written again as they were.
+    _source: tuple[ParticleTable, "ParticleStack"] | None = None
 
     def __post_init__(self):
         images = self.images
@@ -173,8 +174,11 @@ class ParticleStack:
 
     def fingerprint(self) -> str:
         """Short hash of ids, poses, CTFs and the first image: tells a checkpoint's particles from others."""
-        optics = [] if self.ctf is None else [getattr(self.ctf, part.name) for part in fields(self.ctf)]
-        return fingerprint(list(self.ids), self.rotations, self.shifts, self.pixel_size, *optics, self.read_images([0]))
+        return fingerprint(list(self.ids), *self._metadata(), self.read_images([0]))
+
+    def _metadata(self) -> list:
+        optics = [] if self.ctf is None else vars(self.ctf).values()
+        return [self.rotations, self.shifts, self.pixel_size, *optics]
 
     def read_images(self, rows=slice(None)) -> Tensor:
         """(n, box, box) float32 images at these positions; only they are read."""
@@ -271,20 +275,11 @@ class ParticleStack:
             write_table(path, self._blocks(present_names(path, self.images)))
 
     def _blocks(self, names: list[str]) -> dict:
-        if self._table is not None and self._is_as_read():
-            return self._table.select(self.rows, names)
+        table, read = self._source or (None, None)
+        if table and self.images.paths and fingerprint(*self._metadata()) == fingerprint(*read[self.rows]._metadata()):
+            return table.select(self.rows, names)
         fresh = new_blocks(self.rotations, self.shifts, self.ctf, self.pixel_size, self.box_size, names)
-        return fresh if self._table is None else self._table.select(self.rows, names, fresh)
-
-    def _is_as_read(self) -> bool:
-        read = _read_fields(self._table)
-        same = bool(self.images.paths) and self.pixel_size == read["pixel_size"]
-        for name in ("rotations", "shifts"):
-            same = same and torch.equal(getattr(self, name), read[name][self.rows])
-        if self.ctf is None or read["ctf"] is None:
-            return same and self.ctf is read["ctf"]
-        pairs = ((getattr(self.ctf, name), getattr(read["ctf"], name)[self.rows]) for name in vars(self.ctf))
-        return same and all(torch.equal(mine, original) for mine, original in pairs)
+        return table.select(self.rows, names, fresh) if table else fresh
 
 
 def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleStack:
@@ -318,19 +313,10 @@ def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleSta
     """
     table = read_table(path)
     images = table.images(sign=-1.0 if invert else 1.0)
-    return ParticleStack(images, **_read_fields(table), ids=table.particles["rlnImageName"], _table=table)
-
-
-def _read_fields(table: ParticleTable) -> dict:
     pixel_size = table.pixel_size()
-    rotations, shifts = table.poses(pixel_size)
-    ctf = table.ctf()
-    return {
-        "rotations": rotations,
-        "shifts": shifts,
-        "pixel_size": pixel_size,
-        "ctf": None if ctf is None else CTF(**ctf),
-    }
+    poses, ids = table.poses(pixel_size), table.particles["rlnImageName"]
+    read = ParticleStack(images, *poses, pixel_size=pixel_size, ctf=table.ctf(), ids=ids)
+    return replace(read, _source=(table, read))
 
 
 def _check_rotations(rotations: Tensor) -> None:
