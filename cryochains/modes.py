@@ -6,11 +6,11 @@ Biophys. J. 80, 505; spring constant 1). The six rigid motions are taken out: dy
 ``compute_modes(structure.as_one_body(), 100)`` gives modes of the whole assembly.
 """
 
-import hashlib
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, eigsh, splu
 from scipy.spatial import cKDTree
 
-from .files import atomic_path
+from .files import atomic_path, fingerprint
 from .sources import cache_folder
 from .structure import Structure
 
@@ -108,8 +108,7 @@ def compute_modes(
         solved = _cached(coords, k, cutoff) if cache else _solve(coords, k, cutoff)
         used = float(solved["cutoff"])
         if used > cutoff:
-            name = chain if len(chain) < 20 else f"{chain[:16]}…"
-            message = f"the network of chain {name} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
+            message = f"the network of chain {chain} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
             warnings.warn(message, stacklevel=2)
         vectors.append(solved["vectors"])
         eigenvalues.append(solved["eigenvalues"])
@@ -117,23 +116,18 @@ def compute_modes(
 
 
 def _cached(coords: np.ndarray, k: int, cutoff: float) -> dict[str, np.ndarray]:
-    key = hashlib.sha256(np.ascontiguousarray(coords, dtype="<f8").tobytes())
-    key.update(f"{_VERSION} {k} {float(cutoff)!r}".encode())
-    path = cache_folder() / "modes" / f"{key.hexdigest()[:32]}.npz"
-    expected = {"vectors": (k, len(coords), 3), "eigenvalues": (k,), "cutoff": ()}
+    path = cache_folder() / "modes" / f"{fingerprint(_VERSION, coords, k, float(cutoff))}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            solved = {name: stored[name] for name in expected}
-        if all(solved[name].shape == shape and np.isfinite(solved[name]).all() for name, shape in expected.items()):
+            solved = dict(stored)
+        if solved["vectors"].shape == (k, len(coords), 3):
             return solved
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # absent or damaged: the modes are computed again
     solved = _solve(coords, k, cutoff)
-    try:
-        with atomic_path(path) as part, part.open("wb") as stream:
-            np.savez(stream, **solved)
-    except (OSError, ValueError):
-        pass  # a cache that cannot be written costs time, nothing else
+    # A cache that cannot be written costs time, nothing else.
+    with suppress(OSError, ValueError), atomic_path(path) as part:
+        np.savez(part, **solved)
     return solved
 
 

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import relion
 from .files import fingerprint
 from .imaging import CTF
-from .relion import (
-    ParticleTable,
-    check_star_path,
-    image_names,
-    new_blocks,
-    present_names,
-    read_table,
-    write_particles,
-    write_table,
-)
 from .stacks import Images, positions
 from .truth import Truth
 
@@ -106,7 +97,7 @@ class ParticleStack:
     rows: np.ndarray | None = None
     truth: Truth | None = None
     # What was read from a file, and as what: columns of the file are written again as they were.
-    _source: tuple[ParticleTable, "ParticleStack"] | None = None
+    _source: tuple[relion.ParticleTable, "ParticleStack"] | None = None
 
     def __post_init__(self):
         images = self.images
@@ -160,17 +151,9 @@ class ParticleStack:
     def __getitem__(self, rows) -> "ParticleStack":
         """The particles at these positions (int, slice, indices or mask), in this order. Reads no image."""
         rows = positions(rows, len(self))
-        index = torch.from_numpy(rows)
-        return replace(
-            self,
-            images=self.images[rows],
-            rotations=self.rotations[index],
-            shifts=self.shifts[index],
-            ctf=None if self.ctf is None else self.ctf[index],
-            ids=self.ids[rows],
-            rows=self.rows[rows],
-            truth=None if self.truth is None else self.truth[rows],
-        )
+        names = ("images", "rotations", "shifts", "ctf", "ids", "rows", "truth")
+        known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: values[rows] for name, values in known.items()})
 
     def fingerprint(self) -> str:
         """Short hash of ids, poses, CTFs and the first image: tells a checkpoint's particles from others."""
@@ -260,7 +243,7 @@ class ParticleStack:
         ValueError
             When the place cannot be written, or is the file that these images are read from.
         """
-        path = check_star_path(path)
+        path = relion.check_star_path(path)
         if not len(self):
             raise ValueError("expected at least one particle to save, got none")
         if images:
@@ -268,17 +251,17 @@ class ParticleStack:
             sources = [source for source in self.images.paths if source.exists()]
             if stack.exists() and any(stack.samefile(source) for source in sources):
                 raise ValueError(f"expected another name than {stack}, from which these images are read; try a new one")
-            names = image_names(stack.name, len(self))
+            names = relion.image_names(stack.name, len(self))
             chunks = (batch.images for batch in self.batches(256, progress=progress))
-            write_particles(path, self._blocks(names), chunks, len(self), self.box_size, self.pixel_size)
+            relion.write_particles(path, self._blocks(names), chunks, len(self), self.box_size, self.pixel_size)
         else:
-            write_table(path, self._blocks(present_names(path, self.images)))
+            relion.write_table(path, self._blocks(relion.present_names(path, self.images)))
 
     def _blocks(self, names: list[str]) -> dict:
         table, read = self._source or (None, None)
         if table and self.images.paths and fingerprint(*self._metadata()) == fingerprint(*read[self.rows]._metadata()):
             return table.select(self.rows, names)
-        fresh = new_blocks(self.rotations, self.shifts, self.ctf, self.pixel_size, self.box_size, names)
+        fresh = relion.new_blocks(self.rotations, self.shifts, self.ctf, self.pixel_size, self.box_size, names)
         return table.select(self.rows, names, fresh) if table else fresh
 
 
@@ -311,7 +294,7 @@ def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleSta
     >>> load_particles("results/doc/four.star")
     ParticleStack(4 particles of 16 px × 2 Å, no CTF, four.mrcs)
     """
-    table = read_table(path)
+    table = relion.read_table(path)
     images = table.images(sign=-1.0 if invert else 1.0)
     pixel_size = table.pixel_size()
     poses, ids = table.poses(pixel_size), table.particles["rlnImageName"]

@@ -112,8 +112,6 @@ def simulate_particles(
     """
     if n_particles < 1 or chunk_size < 1:
         raise ValueError(f"expected one particle or more, got {n_particles} ({chunk_size} at a time)")
-    if box_size < 2 or box_size % 2:
-        raise ValueError(f"expected an even box size, got {box_size}; try 64")
     path = None if path is None else check_star_path(path)
 
     truth = _motion(structure, n_particles, conformations, dynamics, latents, snr_db, seed)
