@@ -75,11 +75,6 @@ def fit(
     >>> len(history)
     1
     """
-    if not (len(train) and len(held_out)):
-        raise ValueError(
-            f"expected particles to train on and to hold out, got {len(train)} and {len(held_out)}; "
-            "try particles.split(validation=0.1)"
-        )
     if precision not in ("no", "bf16"):
         raise ValueError(f'expected precision "no" or "bf16", got {precision!r}')
     for particles in (train, held_out):
@@ -202,17 +197,13 @@ class _Run:
                 f"expected a checkpoint of {self.model.structure!r} and this encoder, got one that differs in "
                 f"{', '.join(differing)} at {path}; try another checkpoint path"
             )
-        groups: dict[str, dict] = {"last": {}, "best": {}, "adam": {}}
-        for name, value in tensors.items():
-            group, _, rest = name.partition("/")
-            # Adam counts its steps on the CPU.
-            groups[group][rest] = value if rest.endswith("/step") else value.to(self.model.device)
-        self.model.encoder.load_state_dict(groups["last"])
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.encoder.load_state_dict(part("last/"))
         self.model.contrast.fill_(meta["contrast"])
-        self.best = groups["best"]
-        state: dict[int, dict] = {}
-        for name, value in groups["adam"].items():
-            index, _, field = name.partition("/")
-            state.setdefault(int(index), {})[field] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.best = part("best/")
+        adam = {index: part(f"adam/{index}/") for index, _ in enumerate(self.model.encoder.parameters())}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
         self.history = [Epoch(**epoch) for epoch in meta["history"]]
