@@ -12,7 +12,6 @@ import string
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +43,7 @@ def read_atoms(source: str | os.PathLike | prody.Atomic) -> tuple[str, prody.Ato
     if isinstance(source, prody.Atomic):
         return source.getTitle(), _clean(source)
     if isinstance(source, str) and source in EMBEDDED:
-        with as_file(files("cryochains") / "data" / f"{source}.pdb.gz") as path:
-            return source, _clean(_parse(path))
+        return source, _clean(_parse(Path(__file__).parent / "data" / f"{source}.pdb.gz"))
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"expected a PDB id, a file or ProDy atoms, got {type(source).__name__}")
     path = Path(source).expanduser()
