@@ -248,8 +248,7 @@ class ParticleStack:
             raise ValueError("expected at least one particle to save, got none")
         if images:
             stack = path.with_suffix(".mrcs")
-            sources = [source for source in self.images.paths if source.exists()]
-            if stack.exists() and any(stack.samefile(source) for source in sources):
+            if stack.exists() and any(stack.samefile(source) for source in self.images.paths if source.exists()):
                 raise ValueError(f"expected another name than {stack}, from which these images are read; try a new one")
             names = relion.image_names(stack.name, len(self))
             chunks = (batch.images for batch in self.batches(256, progress=progress))

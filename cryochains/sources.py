@@ -98,10 +98,8 @@ def _by_id(pdb_id: str) -> prody.AtomGroup:
 
 
 def _in_folder(pdb_id: str, folder: Path) -> Path | None:
-    if not folder.is_dir():
-        return None
     wanted = [stem + suffix for suffix in _SUFFIXES for stem in (pdb_id, f"pdb{pdb_id}")]
-    found = {path.name.lower(): path for path in folder.iterdir() if path.name.lower() in wanted and path.is_file()}
+    found = {path.name.lower(): path for path in folder.glob("*")}
     return next((found[name] for name in wanted if name in found), None)
 
 

@@ -127,7 +127,6 @@ class Images:
         return len(self.slice_index)
 
     def __getitem__(self, rows) -> "Images":
-        rows = positions(rows, len(self))
         return Images(self.stacks, self.stack_index[rows], self.slice_index[rows], self.sign)
 
     @property

@@ -82,13 +82,13 @@ def fit(
     # Not Apple's MPS, which accelerate would choose: it has no float64, and the scores need it.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model.to(accelerator.device)
-    if checkpoint is None or not Path(checkpoint).exists():
-        model.estimate_contrast(train)
     optimizer = torch.optim.Adam(model.encoder.parameters(), lr=learning_rate)
     data = fingerprint(train.fingerprint(), held_out.fingerprint(), learning_rate, batch_size, seed)
     run = _Run(model, optimizer, data)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
+    else:
+        model.estimate_contrast(train)
     encoder, optimizer = accelerator.prepare(model.encoder, optimizer)
 
     def loss_of(batch) -> Tensor:
@@ -160,12 +160,9 @@ class _Run:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.encoder.state_dict().items()}
 
-    def _best_epoch(self) -> int:
-        losses = [epoch.held_out_loss for epoch in self.history]
-        return losses.index(min(losses)) if losses else -1
-
     def epochs_without_progress(self) -> int:
-        return len(self.history) - 1 - self._best_epoch() if self.history else 0
+        losses = [epoch.held_out_loss for epoch in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     def add(self, epoch: Epoch) -> None:
         self.history.append(epoch)
