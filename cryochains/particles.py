@@ -252,7 +252,7 @@ class ParticleStack:
                 raise ValueError(f"expected another name than {stack}, from which these images are read; try a new one")
             names = relion.image_names(stack.name, len(self))
             chunks = (batch.images for batch in self.batches(256, progress=progress))
-            relion.write_particles(path, self._blocks(names), chunks, len(self), self.box_size, self.pixel_size)
+            relion.write_particles(path, self._blocks(names), chunks, self.images.shape, self.pixel_size)
         else:
             relion.write_table(path, self._blocks(relion.present_names(path, self.images)))
 

@@ -122,15 +122,12 @@ class ParticleTable:
     def pixel_size(self) -> float:
         """Å a pixel, which all particles have to share."""
         # After the first, the ways of RELION 3.0 and before; the detector's pixel is in µm.
-        for column in ("rlnImagePixelSize", "rlnPixelSize", "rlnDetectorPixelSize"):
-            sizes = self.numbers(column)
-            if sizes is not None:
-                break
-        else:
-            self.require(["rlnImagePixelSize"])
-        if column == "rlnDetectorPixelSize":
-            self.require(["rlnMagnification"])
-            sizes = 1e4 * sizes / self.numbers("rlnMagnification")
+        sizes = self.numbers("rlnImagePixelSize", default=self.numbers("rlnPixelSize"))
+        if sizes is None:
+            detector, magnification = self.numbers("rlnDetectorPixelSize"), self.numbers("rlnMagnification")
+            if detector is None or magnification is None:
+                self.require(["rlnImagePixelSize"])
+            sizes = 1e4 * detector / magnification
         if not (sizes.min() > 0 and np.allclose(sizes, sizes[0], rtol=1e-4)):
             raise ValueError(
                 f"expected one pixel size for all particles of {self.path}, got {sizes.min():g} to "
@@ -271,19 +268,17 @@ def write_table(star: Path, blocks: dict) -> None:
         starfile.write(blocks, part, na_rep="nan")
 
 
-def write_particles(
-    star: Path, blocks: dict, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float
-) -> None:
+def write_particles(star: Path, blocks: dict, chunks: Iterable[Tensor], shape: tuple, pixel_size: float) -> None:
     """Write the .mrcs beside `star` and then `star`, both whole or neither."""
     # On success the inner one is moved into place first: a new table never stands beside old images.
     with atomic_path(star) as star_part, atomic_path(star.with_suffix(".mrcs")) as stack_part:
         try:
-            write_stack(stack_part, chunks, n_images, box_size, pixel_size)
+            write_stack(stack_part, chunks, shape, pixel_size)
             starfile.write(blocks, star_part, na_rep="nan")
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(
-                f"expected room for {n_images} images beside {star}, got {reason}; try another disk"
+                f"expected room for {shape[0]} images beside {star}, got {reason}; try another disk"
             ) from error
 
 

@@ -147,7 +147,7 @@ def simulate_particles(
     if path is not None:
         names = image_names(path.with_suffix(".mrcs").name, n_particles)
         blocks = new_blocks(rotations, shifts, optics, pixel_size, box_size, names)
-        write_particles(path, blocks, noisy(), n_particles, box_size, pixel_size)
+        write_particles(path, blocks, noisy(), (n_particles, box_size, box_size), pixel_size)
         return replace(load_particles(path), truth=truth)
     images = torch.empty(n_particles, box_size, box_size)
     for part, chunk in zip(images.split(chunk_size), noisy(), strict=True):

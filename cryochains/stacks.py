@@ -31,7 +31,7 @@ class StackFile:
 
     Examples
     --------
-    >>> write_stack(Path("results/doc/three.mrcs"), [torch.ones(3, 8, 8)], 3, 8, pixel_size=2.0)
+    >>> write_stack(Path("results/doc/three.mrcs"), [torch.ones(3, 8, 8)], (3, 8, 8), pixel_size=2.0)
     >>> stack = StackFile.open(Path("results/doc/three.mrcs"))
     >>> stack.n_images, stack.box_size, stack.read(np.array([2])).shape
     (3, 8, (1, 8, 8))
@@ -166,9 +166,9 @@ def positions(rows, n: int) -> np.ndarray:
         raise IndexError(f"expected positions within {n} particles, got {np.asarray(rows)} ({error})") from error
 
 
-def write_stack(path: Path, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float) -> None:
-    """Write `n_images` float32 images to an MRC stack, a (k, box, box) tensor of `chunks` at a time."""
-    with mrcfile.new_mmap(path, (n_images, box_size, box_size), mrc_mode=2, overwrite=True) as mrc:
+def write_stack(path: Path, chunks: Iterable[Tensor], shape: tuple, pixel_size: float) -> None:
+    """Write float32 images of `shape` (n, box, box) to an MRC stack, a (k, box, box) tensor of `chunks` at a time."""
+    with mrcfile.new_mmap(path, shape, mrc_mode=2, overwrite=True) as mrc:
         mrc.set_image_stack()
         mrc.voxel_size = pixel_size
         start = mrc.header.nbytes

@@ -63,7 +63,7 @@ def test_a_batch_of_a_large_file_allocates_a_batch(tmp_path):
 
 def test_written_stack_is_valid_mrc_with_voxels_and_statistics(tmp_path):
     images = torch.randn(7, 16, 16, generator=torch.Generator().manual_seed(0)) + 3
-    write_stack(tmp_path / "a.mrcs", images.split(3), 7, 16, pixel_size=1.25)
+    write_stack(tmp_path / "a.mrcs", images.split(3), (7, 16, 16), pixel_size=1.25)
     with mrcfile.open(tmp_path / "a.mrcs") as mrc:
         assert mrc.is_image_stack()
         assert float(mrc.voxel_size.x) == pytest.approx(1.25)
