@@ -36,8 +36,7 @@ CTF_COLUMNS = {
 }
 OPTICS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
 # What fresh columns say otherwise: the CTF, and what RELION 3.0 and before wrote in pixels.
-OLD_UNITS = ("rlnOriginX", "rlnOriginY", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification")
-REPLACED = (*OLD_UNITS, *CTF_COLUMNS)
+REPLACED = ["rlnOriginX", "rlnOriginY", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification", *CTF_COLUMNS]
 # With these the images are not what the microscope gave, and the CTF is not what the table says.
 ALTERED = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 
@@ -202,8 +201,8 @@ class ParticleTable:
         if fresh is None:
             return {**self.blocks, self.name: particles}
         others = {name: block for name, block in self.blocks.items() if name not in ("optics", self.name)}
-        old = [column for column in REPLACED if column in particles]
-        return {**others, **fresh, "particles": particles.drop(columns=old).assign(**fresh["particles"])}
+        kept = particles.drop(columns=REPLACED, errors="ignore")
+        return {**others, **fresh, "particles": kept.assign(**fresh["particles"])}
 
 
 def find_stack(name: str, star: Path) -> Path | None:

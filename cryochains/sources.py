@@ -42,11 +42,10 @@ def read_atoms(source: str | os.PathLike | prody.Atomic) -> tuple[str, prody.Ato
     """
     if isinstance(source, prody.Atomic):
         return source.getTitle(), _clean(source)
-    if isinstance(source, str) and source in EMBEDDED:
-        return source, _clean(_parse(Path(__file__).parent / "data" / f"{source}.pdb.gz"))
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"expected a PDB id, a file or ProDy atoms, got {type(source).__name__}")
-    path = Path(source).expanduser()
+    data = Path(__file__).parent / "data"
+    path = data / f"{source}.pdb.gz" if source in EMBEDDED else Path(source).expanduser()
     if not path.is_file():
         if not (isinstance(source, str) and _PDB_ID.fullmatch(source)):
             raise FileNotFoundError(
