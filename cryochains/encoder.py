@@ -7,7 +7,7 @@ import roma
 import torch
 from torch import Tensor, nn
 
-from .dynamics import Dynamics, two_vectors_to_rotation
+from .dynamics import KINDS, Dynamics, two_vectors_to_rotation
 
 FILTERS = (32, 128, 256, 512)
 HIDDEN = (512, 256)
@@ -62,11 +62,8 @@ class Encoder(nn.Module):
         self.heads = nn.ModuleList()
         for layout in self.chains:
             # The two 3-vectors of a rotation take six outputs, its rotation vector three latents.
-            sizes = {
-                "mode": layout.mode.stop - layout.mode.start,
-                "rotation": 2 * (layout.rotation.stop - layout.rotation.start),
-                "translation": layout.translation.stop - layout.translation.start,
-            }
+            sizes = {kind: getattr(layout, kind).stop - getattr(layout, kind).start for kind in KINDS}
+            sizes["rotation"] *= 2
             heads = {kind: _head(filters[-1] * side**2, hidden, size) for kind, size in sizes.items() if size}
             self.heads.append(nn.ModuleDict(heads))
         for layer in [*self.features, *(part for heads in self.heads for head in heads.values() for part in head[:-1])]:

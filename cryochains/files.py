@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,29 +29,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     ...     _ = part.write_text("whole")
     """
     path = Path(path)
+    # The suffix is kept: writers such as ProDy choose the format by it.
+    part = path.parent / f".part-{secrets.token_hex(8)}{''.join(path.suffixes)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-        # The suffix is kept: writers such as ProDy choose the format by it.
-        handle, name = tempfile.mkstemp(prefix=".part-", suffix="".join(path.suffixes), dir=path.parent)
-        os.close(handle)
+        part.touch(exist_ok=False)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"expected a place that can be written, got {path} ({reason}); try another folder") from error
-    part = Path(name)
     try:
         yield part
-        part.chmod(0o666 & ~_umask())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def fingerprint(*parts) -> str:

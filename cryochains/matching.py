@@ -4,13 +4,13 @@ The morph is the path of the open ↔ closed experiments: every chain follows it
 remains of the change interpolates linearly, as ChimeraX's morph does.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import prody
 from Bio.Align import PairwiseAligner
-from scipy.linalg import expm
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import RigidTransform, Rotation
 
 from .residues import letters, residue_ids, ride
 from .sources import take
@@ -37,7 +37,7 @@ class Match:
     a: Structure
     b: Structure
     dropped: dict[str, tuple[int, int]]
-    aligned: tuple[str, ...] = field(default=())
+    aligned: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Structure]:
         return iter((self.a, self.b))
@@ -88,9 +88,9 @@ def match_structures(a: Structure, b: Structure) -> Match:
             f"{' '.join(b.chain_ids)}; try naming the chains"
         )
     same_ids = set(a.chain_ids) == set(b.chain_ids)
-    pairs, dropped, aligned = [], {}, []
-    for c, chain in enumerate(a.chain_ids):
-        partner = b.chain_ids.index(chain) if same_ids else c
+    partners = [b.chain_ids.index(chain) if same_ids else c for c, chain in enumerate(a.chain_ids)]
+    kept_a, kept_b, dropped, aligned = [], [], {}, []
+    for c, (chain, partner) in enumerate(zip(a.chain_ids, partners, strict=True)):
         nodes_a, nodes_b = np.flatnonzero(a.node_chain == c), np.flatnonzero(b.node_chain == partner)
         common_a, common_b, by_sequence = _common(a, nodes_a, b, nodes_b)
         if not len(common_a):
@@ -100,12 +100,13 @@ def match_structures(a: Structure, b: Structure) -> Match:
             )
         dropped[chain] = (len(nodes_a) - len(common_a), len(nodes_b) - len(common_b))
         aligned += [chain] if by_sequence else []
-        pairs.append((partner, common_a, common_b))
+        kept_a.append(common_a)
+        kept_b.append(common_b)
 
-    bodies_a = [(c, common) for c, (_, common, _) in enumerate(pairs)]
-    bodies_b = [(partner, common) for partner, _, common in pairs]
-    rows_a, rows_b = _common_imaging_atoms(a, bodies_a, b, bodies_b)
-    return Match(_restrict(a, bodies_a, rows_a), _restrict(b, bodies_b, rows_b), dropped, tuple(aligned))
+    kept_a, kept_b = np.concatenate(kept_a), np.concatenate(kept_b)
+    rows_a, rows_b = _common_imaging_atoms(a, kept_a, b, kept_b)
+    matched_a, matched_b = _restrict(a, range(a.n_chains), kept_a, rows_a), _restrict(b, partners, kept_b, rows_b)
+    return Match(matched_a, matched_b, dropped, tuple(aligned))
 
 
 def superpose(mobile: Structure, target: Structure) -> Structure:
@@ -138,11 +139,8 @@ def superpose(mobile: Structure, target: Structure) -> Structure:
 
 def rigid_fit(mobile: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Best rotation R (3, 3) and translation t (3,) Å: ``target ≈ mobile @ R.T + t`` (Kabsch 1976)."""
-    center_m, center_t = mobile.mean(0), target.mean(0)
-    u, _, vt = np.linalg.svd((target - center_t).T @ (mobile - center_m))
-    u[:, -1] *= np.sign(np.linalg.det(u @ vt))  # a rotation, not a reflection
-    rotation = u @ vt
-    return rotation, center_t - rotation @ center_m
+    fit = prody.calcTransformation(mobile, target)
+    return fit.getRotation(), fit.getTranslation()
 
 
 def morph(a: Structure, b: Structure, n: int = 50) -> np.ndarray:
@@ -186,25 +184,13 @@ def morph(a: Structure, b: Structure, n: int = 50) -> np.ndarray:
     for c in range(a.n_chains):
         nodes, own = a.node_chain == c, a.chain_index == c
         rotation, translation = rigid_fit(a.node_coords[nodes], b.node_coords[nodes])
-        bend = (b.coords[own] - translation) @ rotation - a.coords[own]
-        twist = _twist(rotation, translation)
+        whole = RigidTransform.from_components(translation, Rotation.from_matrix(rotation))
+        bend = whole.inv().apply(b.coords[own]) - a.coords[own]
         for frame, s in enumerate(np.linspace(0, 1, n)):
-            part = expm(s * twist)
-            frames[frame, own] = (a.coords[own] + s * bend) @ part[:3, :3].T + part[:3, 3]
+            # A power of a rigid motion is a part of its screw motion.
+            frames[frame, own] = (whole**s).apply(a.coords[own] + s * bend)
     frames[0], frames[-1] = a.coords, b.coords
     return frames.astype(np.float32)
-
-
-def _twist(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """(4, 4) generator of a screw motion: ``expm(twist)`` is all of it, ``expm(s * twist)`` a fraction."""
-    x, y, z = Rotation.from_matrix(rotation).as_rotvec()
-    twist = np.zeros((4, 4))
-    twist[:3, :3] = [[0, -z, y], [z, 0, -x], [-y, x, 0]]
-    # The translation is V times the generator's, V the integral of the partial rotations: a block of expm.
-    block = np.zeros((6, 6))
-    block[:3, :3], block[:3, 3:] = twist[:3, :3], np.eye(3)
-    twist[:3, 3] = np.linalg.solve(expm(block)[:3, 3:], translation)
-    return twist
 
 
 def _common(
@@ -251,63 +237,55 @@ def _align(letters_a: np.ndarray, letters_b: np.ndarray) -> np.ndarray:
 
 
 def _common_imaging_atoms(
-    a: Structure, bodies_a: list[tuple[int, np.ndarray]], b: Structure, bodies_b: list[tuple[int, np.ndarray]]
+    a: Structure, kept_a: np.ndarray, b: Structure, kept_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the imaging atoms of both: the nodes, or the atoms of common residues with common names."""
     only_nodes = [np.array_equal(s.rows, s.node_rows) for s in (a, b)]
     if only_nodes[0] != only_nodes[1]:
         raise ValueError("expected both structures with the same kind of imaging atoms, got 'ca' and 'heavy'")
     if only_nodes[0]:
-        pairs = (a, bodies_a), (b, bodies_b)
-        return tuple(s.node_rows[np.concatenate([nodes for _, nodes in bodies])] for s, bodies in pairs)
-    named_a, named_b = _named(a, bodies_a), _named(b, bodies_b)
+        return a.node_rows[kept_a], b.node_rows[kept_b]
+    named_a, named_b = _named(a, kept_a), _named(b, kept_b)
     common = [key for key in named_a if key in named_b]
     return np.array([named_a[key] for key in common]), np.array([named_b[key] for key in common])
 
 
-def _named(structure: Structure, bodies: list[tuple[int, np.ndarray]]) -> dict[tuple[int, str], int]:
+def _named(structure: Structure, kept: np.ndarray) -> dict[tuple[int, str], int]:
     """Imaging atoms by (common residue, atom name), ordered by residue."""
-    kept = np.concatenate([nodes for _, nodes in bodies])
-    place = np.full(structure.n_nodes, -1)
-    place[kept] = np.arange(len(kept))
-    residues = residue_ids(structure.atoms)
-    rows = structure.rows[place[structure.node_index] >= 0]
-    own = residues[rows] == residues[structure.node_rows[structure.atom_node[rows]]]  # no ligands
-    rows = rows[own]
-    places = place[structure.atom_node[rows]]
-    rows, places = rows[np.argsort(places, kind="stable")], np.sort(places, kind="stable")
-    names = structure.atoms.getNames()[rows]
-    return dict(zip(zip(places.tolist(), names.tolist(), strict=True), rows.tolist(), strict=True))
+    places = _places(structure, kept)[structure.rows]
+    order = np.argsort(places, kind="stable")
+    order = order[(places[order] >= 0) & (places[order] < len(kept))]
+    rows = structure.rows[order]
+    keys = zip(places[order].tolist(), structure.atoms.getNames()[rows], strict=True)
+    return dict(zip(keys, rows.tolist(), strict=True))
 
 
-def _restrict(structure: Structure, bodies: list[tuple[int, np.ndarray]], rows: np.ndarray) -> Structure:
-    """The structure with only these nodes, their residues and the ligands; imaging atoms `rows` in order."""
-    n_all = structure.atoms.numAtoms()
+def _places(structure: Structure, kept: np.ndarray) -> np.ndarray:
+    """(n_all,) which of the `kept` nodes' residues an atom is of: len(kept) for ligands, −1 for other residues."""
     residues = residue_ids(structure.atoms)
     own = residues == residues[structure.node_rows[structure.atom_node]]
-    body, place = np.full(n_all, -1), np.zeros(n_all, dtype=int)
-    for c, (old, nodes) in enumerate(bodies):
-        place_of = np.full(structure.n_nodes, -1)
-        place_of[nodes] = np.arange(len(nodes))
-        # Ligands ride with the nearest node that is left, behind the residues in the list.
-        places = np.where(own, place_of[structure.atom_node], len(nodes))
-        inside = (structure.atom_chain == old) & (places >= 0)
-        body[inside], place[inside] = c, places[inside]
-    rank = n_all + np.arange(n_all)
+    place = np.full(structure.n_nodes, -1)
+    place[kept] = np.arange(len(kept))
+    return np.where(own, place[structure.atom_node], len(kept))
+
+
+def _restrict(structure: Structure, bodies: Sequence[int], kept: np.ndarray, rows: np.ndarray) -> Structure:
+    """The structure with only these nodes, their residues and the ligands; imaging atoms `rows` in order."""
+    body = np.argsort(bodies)[structure.atom_chain]
+    place = _places(structure, kept)
+    rank = np.full(len(place), len(rows))
     rank[rows] = np.arange(len(rows))
     order = np.lexsort((rank, place, body))
-    order = order[body[order] >= 0]
-    new_row = np.full(n_all, -1)
+    order = order[place[order] >= 0]
+    new_row = np.full(len(place), -1)
     new_row[order] = np.arange(len(order))
-    atoms, body = take(structure.atoms, order), body[order]
-    node_rows = new_row[structure.node_rows[np.concatenate([nodes for _, nodes in bodies])]]
-    old_weights = np.zeros(n_all)
-    old_weights[structure.rows] = structure.weights
-    weights = old_weights[rows]
+    # Ligands ride with the nearest node that is left.
+    atoms, body, node_rows = take(structure.atoms, order), body[order], new_row[structure.node_rows[kept]]
+    weights = structure.weights[np.searchsorted(structure.rows, rows)]
     return replace(
         structure,
         atoms=atoms,
-        chain_ids=tuple(structure.chain_ids[old] for old, _ in bodies),
+        chain_ids=tuple(structure.chain_ids[old] for old in bodies),
         atom_chain=body,
         atom_node=ride(atoms, body, node_rows),
         rows=new_row[rows],

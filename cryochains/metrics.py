@@ -66,7 +66,7 @@ def score_motion(dynamics: Dynamics, latents: Tensor, particles: ParticleStack) 
     truth = _truth(particles)
     if len(latents) != len(particles):
         raise ValueError(f"expected one row of latents a particle ({len(particles)}), got {len(latents)}")
-    blocks = [np.arange(s, min(s + CHUNK, len(particles))) for s in range(0, len(particles), CHUNK)]
+    blocks = torch.arange(len(particles)).split(CHUNK)
     total = sum(truth.coords(rows).double().sum(0) for rows in blocks)
     mean = (total / len(particles)).float()
     own, of_mean = [], []
@@ -100,7 +100,7 @@ def true_latents(dynamics: Dynamics, particles: ParticleStack) -> tuple[Tensor, 
         blocks = truth.conformations[frames].split(CHUNK)
     else:
         back = torch.arange(len(particles))
-        blocks = (truth.coords(back[start : start + CHUNK]) for start in range(0, len(back), CHUNK))
+        blocks = map(truth.coords, back.split(CHUNK))
     found, floors = [], []
     for coords in blocks:
         z = dynamics.fit(coords)

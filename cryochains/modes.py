@@ -6,11 +6,11 @@ Biophys. J. 80, 505; spring constant 1). The six rigid motions are taken out: dy
 ``compute_modes(structure.as_one_body(), 100)`` gives modes of the whole assembly.
 """
 
-import hashlib
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,14 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, eigsh, splu
 from scipy.spatial import cKDTree
 
-from .files import atomic_path
+from .files import atomic_path, fingerprint
 from .sources import cache_folder
 from .structure import Structure
 
 _ZERO = 1e-6  # eigenvalues below are motions without resistance; the softest real modes are near 1e-3
 _WIDEST = 25.0  # Å, where the search for a cutoff that holds the network together ends
-_VERSION = 1  # part of the cache's keys: raise it when the numbers change
+_SPARSE_ABOVE = 500  # bodies of more nodes never see a dense (3n, 3n) matrix; sparse is faster from about there
+_VERSION = 2  # part of the cache's keys: raise it when the numbers change
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +62,7 @@ class Modes:
 
 
 def compute_modes(
-    structure: Structure,
-    n_modes: int | Sequence[int] = 50,
-    cutoff: float = 15.0,
-    cache: bool = True,
-    sparse_above: int = 500,
+    structure: Structure, n_modes: int | Sequence[int] = 50, cutoff: float = 15.0, cache: bool = True
 ) -> Modes:
     """The softest modes of every body, each a network of its own.
 
@@ -80,8 +77,6 @@ def compute_modes(
         have parts that swing freely.
     cache
         Keep the modes on disk by content and take them from there.
-    sparse_above
-        Bodies of more nodes never see a dense (3n, 3n) matrix; sparse is the faster way from about there.
 
     Returns
     -------
@@ -110,39 +105,33 @@ def compute_modes(
         most = max(3 * len(coords) - 6, 0)
         if k > most:
             raise ValueError(f"expected at most {most} modes for the {len(coords)} nodes of chain {chain}, got {k}")
-        solved = _cached(coords, k, cutoff, sparse_above) if cache else _solve(coords, k, cutoff, sparse_above)
+        solved = _cached(coords, k, cutoff) if cache else _solve(coords, k, cutoff)
         used = float(solved["cutoff"])
         if used > cutoff:
-            name = chain if len(chain) < 20 else f"{chain[:16]}…"
-            message = f"the network of chain {name} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
+            message = f"the network of chain {chain} is loose at a cutoff of {cutoff} Å; its modes use {used} Å"
             warnings.warn(message, stacklevel=2)
         vectors.append(solved["vectors"])
         eigenvalues.append(solved["eigenvalues"])
     return Modes(tuple(vectors), tuple(eigenvalues), structure.chain_ids, structure.content_hash)
 
 
-def _cached(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict[str, np.ndarray]:
-    key = hashlib.sha256(np.ascontiguousarray(coords, dtype="<f8").tobytes())
-    key.update(f"{_VERSION} {k} {float(cutoff)!r} {len(coords) > sparse_above}".encode())
-    path = cache_folder() / "modes" / f"{key.hexdigest()[:32]}.npz"
-    expected = {"vectors": (k, len(coords), 3), "eigenvalues": (k,), "cutoff": ()}
+def _cached(coords: np.ndarray, k: int, cutoff: float) -> dict[str, np.ndarray]:
+    path = cache_folder() / "modes" / f"{fingerprint(_VERSION, coords, k, float(cutoff))}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            solved = {name: stored[name] for name in expected}
-        if all(solved[name].shape == shape and np.isfinite(solved[name]).all() for name, shape in expected.items()):
+            solved = dict(stored)
+        if solved["vectors"].shape == (k, len(coords), 3):
             return solved
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # absent or damaged: the modes are computed again
-    solved = _solve(coords, k, cutoff, sparse_above)
-    try:
-        with atomic_path(path) as part, part.open("wb") as stream:
-            np.savez(stream, **solved)
-    except (OSError, ValueError):
-        pass  # a cache that cannot be written costs time, nothing else
+    solved = _solve(coords, k, cutoff)
+    # A cache that cannot be written costs time, nothing else.
+    with suppress(OSError, ValueError), atomic_path(path) as part:
+        np.savez(part, **solved)
     return solved
 
 
-def _solve(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict[str, np.ndarray]:
+def _solve(coords: np.ndarray, k: int, cutoff: float) -> dict[str, np.ndarray]:
     """Modes at the cutoff, or at the first wider one that leaves no motion without resistance."""
     n = len(coords)
     if k == 0:
@@ -156,7 +145,7 @@ def _solve(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict
         pairs = cKDTree(coords).query_pairs(reach, output_type="ndarray")
         graph = sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(n, n))
         if connected_components(graph, directed=False)[0] == 1:
-            solver = _soft_sparse if n > sparse_above else _soft_dense
+            solver = _soft_sparse if n > _SPARSE_ABOVE else _soft_dense
             eigenvalues, vectors = solver(_hessian(coords, pairs), rigid, k)
             if eigenvalues[0] > _ZERO:
                 break
@@ -174,21 +163,15 @@ def _solve(coords: np.ndarray, k: int, cutoff: float, sparse_above: int) -> dict
 
 def _hessian(coords: np.ndarray, pairs: np.ndarray) -> sparse.csc_matrix:
     """(3n, 3n) second derivatives of Σ ½ (distance − rest)² over `pairs`, at rest."""
-    n = len(coords)
     i, j = pairs.T
     direction = coords[j] - coords[i]
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    blocks = direction[:, :, None] * direction[:, None, :]
-    diagonal = np.zeros((n, 3, 3))
-    np.add.at(diagonal, i, blocks)
-    np.add.at(diagonal, j, blocks)
-    rows = np.concatenate([i, j, np.arange(n)])
-    columns = np.concatenate([j, i, np.arange(n)])
-    values = np.concatenate([-blocks, -blocks, diagonal])
-    at = np.broadcast_to
-    row = at(3 * rows[:, None, None] + np.arange(3)[:, None], values.shape)
-    column = at(3 * columns[:, None, None] + np.arange(3), values.shape)
-    return sparse.csc_matrix((values.ravel(), (row.ravel(), column.ravel())), shape=(3 * n, 3 * n))
+    # A row a spring: how much longer it gets when each coordinate of its two nodes moves.
+    columns = 3 * pairs[:, :, None] + np.arange(3)
+    values = np.stack([-direction, direction], axis=1)
+    starts = np.arange(0, values.size + 1, 6)
+    springs = sparse.csr_matrix((values.ravel(), columns.ravel(), starts), shape=(len(pairs), coords.size))
+    return (springs.T @ springs).tocsc()
 
 
 def _rigid_motions(coords: np.ndarray) -> np.ndarray:

@@ -6,25 +6,16 @@ batch asks for them, and the order of rows never changes by itself.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import relion
 from .files import fingerprint
 from .imaging import CTF
-from .relion import (
-    ParticleTable,
-    check_star_path,
-    image_names,
-    new_blocks,
-    present_names,
-    read_table,
-    write_particles,
-    write_table,
-)
 from .stacks import Images, positions
 from .truth import Truth
 
@@ -105,7 +96,8 @@ class ParticleStack:
     ids: np.ndarray | None = None
     rows: np.ndarray | None = None
     truth: Truth | None = None
-    _table: ParticleTable | None = None
+    # What was read from a file, and as what: columns of the file are written again as they were.
+    _source: tuple[relion.ParticleTable, "ParticleStack"] | None = None
 
     def __post_init__(self):
         images = self.images
@@ -159,22 +151,17 @@ class ParticleStack:
     def __getitem__(self, rows) -> "ParticleStack":
         """The particles at these positions (int, slice, indices or mask), in this order. Reads no image."""
         rows = positions(rows, len(self))
-        index = torch.from_numpy(rows)
-        return replace(
-            self,
-            images=self.images[rows],
-            rotations=self.rotations[index],
-            shifts=self.shifts[index],
-            ctf=None if self.ctf is None else self.ctf[index],
-            ids=self.ids[rows],
-            rows=self.rows[rows],
-            truth=None if self.truth is None else self.truth[rows],
-        )
+        names = ("images", "rotations", "shifts", "ctf", "ids", "rows", "truth")
+        known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: values[rows] for name, values in known.items()})
 
     def fingerprint(self) -> str:
         """Short hash of ids, poses, CTFs and the first image: tells a checkpoint's particles from others."""
-        optics = [] if self.ctf is None else [getattr(self.ctf, part.name) for part in fields(self.ctf)]
-        return fingerprint(list(self.ids), self.rotations, self.shifts, self.pixel_size, *optics, self.read_images([0]))
+        return fingerprint(list(self.ids), *self._metadata(), self.read_images([0]))
+
+    def _metadata(self) -> list:
+        optics = [] if self.ctf is None else vars(self.ctf).values()
+        return [self.rotations, self.shifts, self.pixel_size, *optics]
 
     def read_images(self, rows=slice(None)) -> Tensor:
         """(n, box, box) float32 images at these positions; only they are read."""
@@ -256,35 +243,25 @@ class ParticleStack:
         ValueError
             When the place cannot be written, or is the file that these images are read from.
         """
-        path = check_star_path(path)
+        path = relion.check_star_path(path)
         if not len(self):
             raise ValueError("expected at least one particle to save, got none")
         if images:
             stack = path.with_suffix(".mrcs")
-            sources = [source for source in self.images.paths if source.exists()]
-            if stack.exists() and any(stack.samefile(source) for source in sources):
+            if stack.exists() and any(stack.samefile(source) for source in self.images.paths if source.exists()):
                 raise ValueError(f"expected another name than {stack}, from which these images are read; try a new one")
-            names = image_names(stack.name, len(self))
+            names = relion.image_names(stack.name, len(self))
             chunks = (batch.images for batch in self.batches(256, progress=progress))
-            write_particles(path, self._blocks(names), chunks, len(self), self.box_size, self.pixel_size)
+            relion.write_particles(path, self._blocks(names), chunks, self.images.shape, self.pixel_size)
         else:
-            write_table(path, self._blocks(present_names(path, self.images)))
+            relion.write_table(path, self._blocks(relion.present_names(path, self.images)))
 
     def _blocks(self, names: list[str]) -> dict:
-        if self._table is not None and self._is_as_read():
-            return self._table.select(self.rows, names)
-        fresh = new_blocks(self.rotations, self.shifts, self.ctf, self.pixel_size, self.box_size, names)
-        return fresh if self._table is None else self._table.select(self.rows, names, fresh)
-
-    def _is_as_read(self) -> bool:
-        read = _read_fields(self._table)
-        same = bool(self.images.paths) and self.pixel_size == read["pixel_size"]
-        for name in ("rotations", "shifts"):
-            same = same and torch.equal(getattr(self, name), read[name][self.rows])
-        if self.ctf is None or read["ctf"] is None:
-            return same and self.ctf is read["ctf"]
-        pairs = ((getattr(self.ctf, name), getattr(read["ctf"], name)[self.rows]) for name in vars(self.ctf))
-        return same and all(torch.equal(mine, original) for mine, original in pairs)
+        table, read = self._source or (None, None)
+        if table and self.images.paths and fingerprint(*self._metadata()) == fingerprint(*read[self.rows]._metadata()):
+            return table.select(self.rows, names)
+        fresh = relion.new_blocks(self.rotations, self.shifts, self.ctf, self.pixel_size, self.box_size, names)
+        return table.select(self.rows, names, fresh) if table else fresh
 
 
 def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleStack:
@@ -316,21 +293,12 @@ def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleSta
     >>> load_particles("results/doc/four.star")
     ParticleStack(4 particles of 16 px × 2 Å, no CTF, four.mrcs)
     """
-    table = read_table(path)
+    table = relion.read_table(path)
     images = table.images(sign=-1.0 if invert else 1.0)
-    return ParticleStack(images, **_read_fields(table), ids=table.particles["rlnImageName"], _table=table)
-
-
-def _read_fields(table: ParticleTable) -> dict:
     pixel_size = table.pixel_size()
-    rotations, shifts = table.poses(pixel_size)
-    ctf = table.ctf()
-    return {
-        "rotations": rotations,
-        "shifts": shifts,
-        "pixel_size": pixel_size,
-        "ctf": None if ctf is None else CTF(**ctf),
-    }
+    poses, ids = table.poses(pixel_size), table.particles["rlnImageName"]
+    read = ParticleStack(images, *poses, pixel_size=pixel_size, ctf=table.ctf(), ids=ids)
+    return replace(read, _source=(table, read))
 
 
 def _check_rotations(rotations: Tensor) -> None:

@@ -33,16 +33,6 @@ class Population:
     contrast: float
     structure_hash: str
 
-    def save(self, path) -> None:
-        """Write a safetensors file, whole or not at all."""
-        meta = {"noise_std": self.noise_std, "contrast": self.contrast, "structure_hash": self.structure_hash}
-        save_tensors(path, {"mean": self.mean, "covariance": self.covariance}, {"kind": "population", **meta})
-
-    @classmethod
-    def load(cls, path) -> "Population":
-        tensors, meta = load_tensors(path, "population")
-        return cls(**tensors, **{k: meta[k] for k in ("noise_std", "contrast", "structure_hash")})
-
     def __repr__(self) -> str:
         spread = float(self.covariance.diagonal().sum().sqrt())
         return f"Population({len(self.mean)} latents, spread {spread:.2f} Å, noise {self.noise_std:.3g})"

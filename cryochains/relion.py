@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .files import atomic_path
+from .imaging import CTF
 from .stacks import Images, StackFile, write_stack
 
 EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
@@ -35,8 +36,7 @@ CTF_COLUMNS = {
 }
 OPTICS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
 # What fresh columns say otherwise: the CTF, and what RELION 3.0 and before wrote in pixels.
-OLD_UNITS = ("rlnOriginX", "rlnOriginY", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification")
-REPLACED = (*OLD_UNITS, *CTF_COLUMNS)
+REPLACED = ["rlnOriginX", "rlnOriginY", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification", *CTF_COLUMNS]
 # With these the images are not what the microscope gave, and the CTF is not what the table says.
 ALTERED = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 
@@ -97,11 +97,11 @@ class ParticleTable:
             raise ValueError(f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such row")
         return groups.map(optics.set_index("rlnOpticsGroup")[column])
 
-    def numbers(self, column: str) -> np.ndarray | None:
-        """(n,) float64 values of `column` of every particle; None when the table has no such column."""
+    def numbers(self, column: str, default=None) -> np.ndarray | None:
+        """(n,) float64 values of `column` of every particle; `default` when the table has no such column."""
         text = self.text(column)
         if text is None:
-            return None
+            return default
         values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
@@ -121,15 +121,12 @@ class ParticleTable:
     def pixel_size(self) -> float:
         """Å a pixel, which all particles have to share."""
         # After the first, the ways of RELION 3.0 and before; the detector's pixel is in µm.
-        for column in ("rlnImagePixelSize", "rlnPixelSize", "rlnDetectorPixelSize"):
-            sizes = self.numbers(column)
-            if sizes is not None:
-                break
-        else:
-            self.require(["rlnImagePixelSize"])
-        if column == "rlnDetectorPixelSize":
-            self.require(["rlnMagnification"])
-            sizes = 1e4 * sizes / self.numbers("rlnMagnification")
+        sizes = self.numbers("rlnImagePixelSize", default=self.numbers("rlnPixelSize"))
+        if sizes is None:
+            detector, magnification = self.numbers("rlnDetectorPixelSize"), self.numbers("rlnMagnification")
+            if detector is None or magnification is None:
+                self.require(["rlnImagePixelSize"])
+            sizes = 1e4 * detector / magnification
         if not (sizes.min() > 0 and np.allclose(sizes, sizes[0], rtol=1e-4)):
             raise ValueError(
                 f"expected one pixel size for all particles of {self.path}, got {sizes.min():g} to "
@@ -143,20 +140,17 @@ class ParticleTable:
         angles = torch.from_numpy(np.stack([self.numbers(column) for column in EULER], axis=1))
         shifts = np.zeros((len(angles), 2))
         for axis, name in enumerate(("rlnOriginX", "rlnOriginY")):
-            origin, pixels = self.numbers(f"{name}Angst"), self.numbers(name)
-            if origin is None and pixels is not None:  # RELION 3.0 and before
-                origin = pixels * pixel_size
+            pixels = self.numbers(name, default=0.0)  # RELION 3.0 and before
             # RELION moves an image by its origin to centre the particle, which is displaced by minus that.
-            shifts[:, axis] = 0.0 if origin is None else -origin
+            shifts[:, axis] = -self.numbers(f"{name}Angst", default=pixels * pixel_size)
         return euler_to_rotation(angles).float(), torch.from_numpy(shifts).float()
 
-    def ctf(self) -> dict[str, Tensor] | None:
-        """(n,) float64 tensors, a field of CTF each, or None when the table has no defocus."""
+    def ctf(self) -> CTF | None:
+        """The CTF of every particle, or None when the table has no defocus."""
         if self.text("rlnDefocusU") is None:
             return None
         for column in ALTERED:
-            flags = self.numbers(column)
-            if flags is not None and flags.any():
+            if np.any(self.numbers(column, default=0)):
                 raise ValueError(
                     f"expected images as the microscope gave them, got {column} in {self.path}; "
                     "try extracting the particles without it"
@@ -164,18 +158,12 @@ class ParticleTable:
         self.require(column for column in CTF_COLUMNS if column != "rlnPhaseShift")
         fields = {}
         for column, (field, unit) in CTF_COLUMNS.items():
-            values = self.numbers(column)
-            fields[field] = torch.from_numpy(np.zeros(len(self.particles)) if values is None else values * unit)
-        return fields
+            fields[field] = torch.from_numpy(self.numbers(column, default=np.zeros(len(self.particles))) * unit)
+        return CTF(**fields)
 
     def images(self, sign: float = 1.0) -> Images:
         """The images of the particles, checked by the headers of their stacks alone."""
-        parts = self.particles["rlnImageName"].str.extract(r"^(?:(\d+)@)?(.+)$")
-        if parts[1].isna().any():
-            row = int(np.flatnonzero(parts[1].isna())[0]) + 1
-            raise ValueError(
-                f"expected names such as 000001@a.mrcs in rlnImageName of {self.path}, got none in row {row}"
-            )
+        parts = self.particles["rlnImageName"].str.extract(r"^(?:(\d+)@)?(.*)$")
         slice_index = parts[0].fillna("1").to_numpy().astype(np.int64) - 1
         stack_index, names = pd.factorize(parts[1])
         paths = [find_stack(name, self.path) for name in names]
@@ -213,8 +201,8 @@ class ParticleTable:
         if fresh is None:
             return {**self.blocks, self.name: particles}
         others = {name: block for name, block in self.blocks.items() if name not in ("optics", self.name)}
-        old = [column for column in REPLACED if column in particles]
-        return {**others, **fresh, "particles": particles.drop(columns=old).assign(**fresh["particles"])}
+        kept = particles.drop(columns=REPLACED, errors="ignore")
+        return {**others, **fresh, "particles": kept.assign(**fresh["particles"])}
 
 
 def find_stack(name: str, star: Path) -> Path | None:
@@ -279,19 +267,17 @@ def write_table(star: Path, blocks: dict) -> None:
         starfile.write(blocks, part, na_rep="nan")
 
 
-def write_particles(
-    star: Path, blocks: dict, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float
-) -> None:
+def write_particles(star: Path, blocks: dict, chunks: Iterable[Tensor], shape: tuple, pixel_size: float) -> None:
     """Write the .mrcs beside `star` and then `star`, both whole or neither."""
     # On success the inner one is moved into place first: a new table never stands beside old images.
     with atomic_path(star) as star_part, atomic_path(star.with_suffix(".mrcs")) as stack_part:
         try:
-            write_stack(stack_part, chunks, n_images, box_size, pixel_size)
+            write_stack(stack_part, chunks, shape, pixel_size)
             starfile.write(blocks, star_part, na_rep="nan")
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(
-                f"expected room for {n_images} images beside {star}, got {reason}; try another disk"
+                f"expected room for {shape[0]} images beside {star}, got {reason}; try another disk"
             ) from error
 
 

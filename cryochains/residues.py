@@ -5,8 +5,6 @@ number, that of a residue as the sum over the heavy atoms of its type, so that i
 of them a depositor could model. Only ratios matter: `structure` scales the weights to mean 1.
 """
 
-import re
-
 import numpy as np
 import prody
 from prody.atomic.atomic import AAMAP
@@ -21,14 +19,11 @@ _ELEMENTS = (
 )
 ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(_ELEMENTS.split(), start=1)} | {"D": 1}
 
-# Heavy atoms of a residue inside a chain (its free molecule less one water).
-_FORMULAS = {
-    "GLY": "C2N1O1", "ALA": "C3N1O1", "SER": "C3N1O2", "CYS": "C3N1O1S1", "THR": "C4N1O2", "VAL": "C5N1O1",
-    "LEU": "C6N1O1", "ILE": "C6N1O1", "MET": "C5N1O1S1", "MSE": "C5N1O1SE1", "PRO": "C5N1O1", "ASP": "C4N1O3",
-    "GLU": "C5N1O3", "ASN": "C4N2O2", "GLN": "C5N2O2", "HIS": "C6N3O1", "LYS": "C6N2O1", "ARG": "C6N4O1",
-    "PHE": "C9N1O1", "TYR": "C9N1O2", "TRP": "C11N2O1",
-    "A": "C10N5O6P1", "C": "C9N3O7P1", "G": "C10N5O7P1", "U": "C9N2O8P1",
-    "DA": "C10N5O5P1", "DC": "C9N3O6P1", "DG": "C10N5O6P1", "DT": "C10N2O7P1",
+# Electrons in the heavy atoms of a residue inside a chain (its free molecule less one water).
+_ELECTRONS = {
+    "GLY": 27, "ALA": 33, "SER": 41, "CYS": 49, "THR": 47, "VAL": 45, "LEU": 51, "ILE": 51, "MET": 61, "MSE": 79,
+    "PRO": 45, "ASP": 55, "GLU": 61, "ASN": 54, "GLN": 60, "HIS": 65, "LYS": 58, "ARG": 72, "PHE": 69, "TYR": 77,
+    "TRP": 88, "A": 158, "C": 146, "G": 166, "U": 147, "DA": 150, "DC": 138, "DG": 158, "DT": 145,
 }  # fmt: skip
 _ALIASES = {
     "HSD": "HIS", "HSE": "HIS", "HSP": "HIS", "HID": "HIS", "HIE": "HIS", "HIP": "HIS",
@@ -115,7 +110,7 @@ def find_nodes(atoms: prody.AtomGroup) -> np.ndarray:
     nodes = np.zeros(len(names), dtype=bool)
     for mask, kind in ((alpha, "CA"), (phosphorus, "P")):
         rows = np.flatnonzero(mask)
-        if hetero is not None and hetero[rows].any() and not hetero[rows].all():
+        if hetero[rows].any() and not hetero[rows].all():
             pairs = cKDTree(coords[rows]).query_pairs(_NEIGHBOUR[kind], output_type="ndarray")
             pairs = pairs[chids[rows[pairs[:, 0]]] == chids[rows[pairs[:, 1]]]]
             rows = rows[np.isin(np.arange(len(rows)), pairs) | ~hetero[rows]]
@@ -127,20 +122,13 @@ def find_nodes(atoms: prody.AtomGroup) -> np.ndarray:
 def residue_scattering(atoms: prody.AtomGroup, rows: np.ndarray) -> np.ndarray:
     """(n,) electrons in the heavy atoms of the residues that the atoms `rows` belong to.
 
-    A residue of a type without a formula here counts the atoms that were modelled, as an alanine at least.
+    A residue of a type that is not listed here counts the atoms that were modelled, as an alanine at least.
     """
     ids, numbers = residue_ids(atoms), atomic_numbers(atoms)
     modelled = np.bincount(ids, weights=np.where(numbers > 1, numbers, 0.0))
-    electrons = {
-        name: sum(ATOMIC_NUMBERS[element] * int(count) for element, count in re.findall(r"([A-Z]+)(\d+)", formula))
-        for name, formula in _FORMULAS.items()
-    }
-    resnames = atoms.getResnames()[rows]
-    types = (_ALIASES.get(name, name) for name in resnames)
-    least = electrons["ALA"]
-    return np.array(
-        [electrons.get(kind, max(modelled[ids[row]], least)) for kind, row in zip(types, rows, strict=True)]
-    )
+    modelled = np.maximum(modelled, _ELECTRONS["ALA"])[ids[rows]]
+    types = [_ALIASES.get(name, name) for name in atoms.getResnames()[rows]]
+    return np.array([_ELECTRONS.get(kind, own) for kind, own in zip(types, modelled, strict=True)])
 
 
 def ride(atoms: prody.AtomGroup, body: np.ndarray, node_rows: np.ndarray) -> np.ndarray:
@@ -153,8 +141,6 @@ def ride(atoms: prody.AtomGroup, body: np.ndarray, node_rows: np.ndarray) -> np.
     node_of = np.full(part.max() + 1, -1)
     node_of[part[node_rows]] = np.arange(len(node_rows))
     lost = np.flatnonzero(node_of[part] < 0)
-    if not len(lost):
-        return node_of[part]
     bonds = cKDTree(coords[lost]).query_pairs(_BOND, output_type="ndarray")
     bonds = part[lost[bonds]][body[lost[bonds[:, 0]]] == body[lost[bonds[:, 1]]]]
     graph = coo_matrix((np.ones(len(bonds)), bonds.T), shape=(len(node_of), len(node_of)))

@@ -112,8 +112,6 @@ def simulate_particles(
     """
     if n_particles < 1 or chunk_size < 1:
         raise ValueError(f"expected one particle or more, got {n_particles} ({chunk_size} at a time)")
-    if box_size < 2 or box_size % 2:
-        raise ValueError(f"expected an even box size, got {box_size}; try 64")
     path = None if path is None else check_star_path(path)
 
     truth = _motion(structure, n_particles, conformations, dynamics, latents, snr_db, seed)
@@ -131,45 +129,40 @@ def simulate_particles(
     optics = None if changes in (None, False) else _draw_ctf(changes, n_particles, seed)
 
     @torch.no_grad()
-    def clean(rows: range) -> Tensor:
-        rows = torch.arange(rows.start, rows.stop)
+    def clean(rows: Tensor) -> Tensor:
         transfer = None if optics is None else optics[rows].evaluate(box_size, pixel_size, device)
         coords = truth.coords(rows).to(device)
         return microscope(coords, rotations[rows].to(device), shifts[rows].to(device), transfer).cpu()
 
-    first = _chunks(min(n_particles, MEASURED), chunk_size)
-    noise_std = noise_std_for_snr(torch.cat([clean(rows) for rows in first]), snr_db)
+    measured = torch.arange(min(n_particles, MEASURED)).split(chunk_size)
+    noise_std = noise_std_for_snr(torch.cat([clean(rows) for rows in measured]), snr_db)
     truth = replace(truth, noise_std=noise_std)
 
     def noisy() -> Iterator[Tensor]:
         with tqdm(total=n_particles, desc="simulating", unit="particle", disable=not progress) as bar:
-            for rows in _chunks(n_particles, chunk_size):
+            for rows in torch.arange(n_particles).split(chunk_size):
                 yield clean(rows) + noise_std * _noise(rows, box_size, seed)
                 bar.update(len(rows))
 
     if path is not None:
         names = image_names(path.with_suffix(".mrcs").name, n_particles)
         blocks = new_blocks(rotations, shifts, optics, pixel_size, box_size, names)
-        write_particles(path, blocks, noisy(), n_particles, box_size, pixel_size)
+        write_particles(path, blocks, noisy(), (n_particles, box_size, box_size), pixel_size)
         return replace(load_particles(path), truth=truth)
     images = torch.empty(n_particles, box_size, box_size)
-    for rows, chunk in zip(_chunks(n_particles, chunk_size), noisy(), strict=True):
-        images[rows.start : rows.stop] = chunk
+    for part, chunk in zip(images.split(chunk_size), noisy(), strict=True):
+        part.copy_(chunk)
     return ParticleStack(images, rotations, shifts, pixel_size=pixel_size, ctf=optics, truth=truth)
-
-
-def _chunks(n: int, size: int) -> list[range]:
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _stream(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _noise(rows: range, box_size: int, seed: int) -> Tensor:
+def _noise(rows: Tensor, box_size: int, seed: int) -> Tensor:
     # A generator for each particle: the noise does not depend on how particles are grouped.
     shape = (box_size, box_size)
-    noise = [_stream(seed, NOISE, row).standard_normal(shape, dtype=np.float32) for row in rows]
+    noise = [_stream(seed, NOISE, row).standard_normal(shape, dtype=np.float32) for row in rows.tolist()]
     return torch.from_numpy(np.stack(noise))
 
 
@@ -211,7 +204,7 @@ def _farthest(truth: Truth, origin: np.ndarray, chunk_size: int) -> np.ndarray:
     if truth.conformations is not None:
         chunks = truth.conformations.split(chunk_size)
     else:
-        chunks = (truth.coords(rows) for rows in map(list, _chunks(len(truth), chunk_size)))
+        chunks = map(truth.coords, torch.arange(len(truth)).split(chunk_size))
     places = []
     for coords in chunks:
         coords = coords.reshape(-1, 3).numpy()

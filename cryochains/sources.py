@@ -7,11 +7,11 @@ first model, no water. ProDy does the parsing and the fetching.
 import gzip
 import os
 import re
+import shutil
 import string
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.resources import as_file, files
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,10 @@ def read_atoms(source: str | os.PathLike | prody.Atomic) -> tuple[str, prody.Ato
     """
     if isinstance(source, prody.Atomic):
         return source.getTitle(), _clean(source)
-    if isinstance(source, str) and source in EMBEDDED:
-        with as_file(files("cryochains") / "data" / f"{source}.pdb.gz") as path:
-            return source, _clean(_parse(path))
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"expected a PDB id, a file or ProDy atoms, got {type(source).__name__}")
-    path = Path(source).expanduser()
+    data = Path(__file__).parent / "data"
+    path = data / f"{source}.pdb.gz" if source in EMBEDDED else Path(source).expanduser()
     if not path.is_file():
         if not (isinstance(source, str) and _PDB_ID.fullmatch(source)):
             raise FileNotFoundError(
@@ -83,13 +81,7 @@ def _by_id(pdb_id: str) -> prody.AtomGroup:
         found = _in_folder(pdb_id, folder)
         if found:
             return _parse(found)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        place = cache if os.access(cache, os.W_OK) else None
-    except OSError:
-        place = None
-    # Fetched aside and moved when whole: an interrupted download must not be found by the next run.
-    with tempfile.TemporaryDirectory(dir=place, prefix=".fetch-") as aside:
+    with tempfile.TemporaryDirectory() as aside:
         fetched, reason = _fetch(pdb_id, aside)
         if fetched is None:
             raise FileNotFoundError(
@@ -98,16 +90,15 @@ def _by_id(pdb_id: str) -> prody.AtomGroup:
                 f"({reason}); try a file of it"
             )
         atoms = _parse(fetched)
-        if place is not None:
-            os.replace(fetched, place / fetched.name)
+        # A cache that cannot be written costs time, nothing else.
+        with suppress(OSError, ValueError), atomic_path(cache / fetched.name) as part:
+            shutil.copyfile(fetched, part)
     return atoms
 
 
 def _in_folder(pdb_id: str, folder: Path) -> Path | None:
-    if not folder.is_dir():
-        return None
     wanted = [stem + suffix for suffix in _SUFFIXES for stem in (pdb_id, f"pdb{pdb_id}")]
-    found = {path.name.lower(): path for path in folder.iterdir() if path.name.lower() in wanted and path.is_file()}
+    found = {path.name.lower(): path for path in folder.glob("*")}
     return next((found[name] for name in wanted if name in found), None)
 
 
@@ -121,13 +112,8 @@ def _fetch(pdb_id: str, folder: str) -> tuple[Path | None, str]:
         except Exception as error:  # ProDy raises whatever its transport does
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        if fetched and Path(fetched).is_file():
-            path = Path(fetched)
-            if path.parent != Path(folder):  # ProDy's own local folder; leave that copy where it is
-                copy = Path(folder) / path.name
-                copy.write_bytes(path.read_bytes())
-                path = copy
-            return path, ""
+        if fetched:
+            return Path(fetched), ""
     return None, reason
 
 
@@ -157,39 +143,36 @@ def _clean(source: prody.Atomic) -> prody.AtomGroup:
     """A new AtomGroup of what the rest of the package needs, filled where the source is silent."""
     n = source.numAtoms()
 
-    def column(values, default):
-        return np.array([default] * n) if values is None else np.char.strip(np.asarray(values))
+    def filled(field, default):
+        values = getattr(source, f"get{field}")()
+        return np.full(n, default) if values is None else values
 
-    names, resnames = column(source.getNames(), "X"), column(source.getResnames(), "UNK")
-    chids = column(source.getChids(), "")
-    blank = chids == ""
-    if blank.any():
-        chids = np.where(blank, column(source.getSegnames(), ""), chids)
-        chids[chids == ""] = "_"
-    elements = np.char.upper(column(source.getElements(), ""))
+    def text(field, default=""):
+        return np.char.strip(filled(field, default))
+
+    names, resnames, chids = text("Names", "X"), text("Resnames", "UNK"), text("Chids")
+    chids = np.where(chids == "", text("Segnames"), chids)
+    elements = np.char.upper(text("Elements")).astype("U2")
     unknown = ~np.isin(elements, list(ATOMIC_NUMBERS))
-    elements = elements.astype("U2")
     elements[unknown] = guess_elements(names[unknown], resnames[unknown])
     coords = source.getCoords()
     if coords is None or not np.isfinite(coords).all():
         raise ValueError(f"expected finite coordinates, got NaN or none in {source.getTitle()}; try another file")
 
     atoms = prody.AtomGroup(source.getTitle())
-    atoms.setCoords(np.array(coords, dtype=float))
+    atoms.setCoords(coords)
     atoms.setNames(names)
     atoms.setResnames(resnames)
-    atoms.setChids(chids)
-    resnums = source.getResnums()
-    atoms.setResnums(np.arange(1, n + 1) if resnums is None else resnums)
-    atoms.setIcodes(column(source.getIcodes(), ""))
+    atoms.setChids(np.where(chids == "", "_", chids))
+    atoms.setResnums(filled("Resnums", np.arange(1, n + 1)))
+    atoms.setIcodes(text("Icodes"))
     atoms.setElements(elements)
-    for get, put, default in (("getOccupancies", "setOccupancies", 1.0), ("getBetas", "setBetas", 0.0)):
-        values = getattr(source, get)()
-        getattr(atoms, put)(np.full(n, default) if values is None else values)
+    atoms.setOccupancies(filled("Occupancies", 1.0))
+    atoms.setBetas(filled("Betas", 0.0))
     hetero = source.getFlags("hetatm")
     atoms.setFlags("hetatm", np.zeros(n, dtype=bool) if hetero is None else hetero)
 
-    altlocs = column(source.getAltlocs(), "")
+    altlocs = text("Altlocs")
     keep = _one_location(atoms, np.where(np.isin(altlocs, (".", "?")), "", altlocs))
     keep &= ~np.isin(resnames, WATERS)
     if not keep.any():
@@ -239,9 +222,6 @@ def pdb_letters(atoms: prody.AtomGroup) -> dict[str, str]:
 
 def take(atoms: prody.AtomGroup, rows: np.ndarray) -> prody.AtomGroup:
     """A new AtomGroup of the given rows in the given order (a ProDy selection would sort them)."""
-    taken = prody.AtomGroup(atoms.getTitle())
-    taken.setCoords(atoms.getCoords()[rows])
-    for field in ("Names", "Resnames", "Chids", "Resnums", "Icodes", "Elements", "Occupancies", "Betas"):
-        getattr(taken, f"set{field}")(getattr(atoms, f"get{field}")()[rows])
-    taken.setFlags("hetatm", atoms.getFlags("hetatm")[rows])
+    taken = prody.AtomMap(atoms, rows).toAtomGroup()
+    taken.setTitle(atoms.getTitle())
     return taken

@@ -31,7 +31,7 @@ class StackFile:
 
     Examples
     --------
-    >>> write_stack(Path("results/doc/three.mrcs"), [torch.ones(3, 8, 8)], 3, 8, pixel_size=2.0)
+    >>> write_stack(Path("results/doc/three.mrcs"), [torch.ones(3, 8, 8)], (3, 8, 8), pixel_size=2.0)
     >>> stack = StackFile.open(Path("results/doc/three.mrcs"))
     >>> stack.n_images, stack.box_size, stack.read(np.array([2])).shape
     (3, 8, (1, 8, 8))
@@ -127,7 +127,6 @@ class Images:
         return len(self.slice_index)
 
     def __getitem__(self, rows) -> "Images":
-        rows = positions(rows, len(self))
         return Images(self.stacks, self.stack_index[rows], self.slice_index[rows], self.sign)
 
     @property
@@ -160,22 +159,16 @@ class Images:
 
 def positions(rows, n: int) -> np.ndarray:
     """(k,) int64 positions 0 … n−1 meant by an int, a slice, indices (negative: from the end) or a mask."""
-    if isinstance(rows, slice):
-        return np.arange(*rows.indices(n))
-    rows = np.atleast_1d(rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows))
-    if rows.dtype == bool:
-        if rows.shape != (n,):
-            raise IndexError(f"expected a mask of shape ({n},), got {rows.shape}")
-        return np.flatnonzero(rows)
-    rows = rows.astype(np.int64, casting="safe" if rows.size else "unsafe")
-    if rows.size and (rows.min() < -n or rows.max() >= n):
-        raise IndexError(f"expected positions within {n} particles, got {rows.min()} to {rows.max()}")
-    return rows % max(n, 1)
+    rows = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+    try:
+        return np.array(np.arange(n)[rows], ndmin=1)
+    except IndexError as error:
+        raise IndexError(f"expected positions within {n} particles, got {np.asarray(rows)} ({error})") from error
 
 
-def write_stack(path: Path, chunks: Iterable[Tensor], n_images: int, box_size: int, pixel_size: float) -> None:
-    """Write `n_images` float32 images to an MRC stack, a (k, box, box) tensor of `chunks` at a time."""
-    with mrcfile.new_mmap(path, (n_images, box_size, box_size), mrc_mode=2, overwrite=True) as mrc:
+def write_stack(path: Path, chunks: Iterable[Tensor], shape: tuple, pixel_size: float) -> None:
+    """Write float32 images of `shape` (n, box, box) to an MRC stack, a (k, box, box) tensor of `chunks` at a time."""
+    with mrcfile.new_mmap(path, shape, mrc_mode=2, overwrite=True) as mrc:
         mrc.set_image_stack()
         mrc.voxel_size = pixel_size
         start = mrc.header.nbytes

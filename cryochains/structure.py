@@ -235,38 +235,29 @@ def load_structure(
         ids, body = _by_selection(group, bodies)
     else:
         ids, body = _by_chain(name, group, nodes, chains)
-    return assemble(name, group, nodes, ids, body, atoms)
-
-
-def assemble(
-    name: str, atoms: prody.AtomGroup, nodes: np.ndarray, ids: Sequence[str], body: np.ndarray, imaging: str
-) -> Structure:
-    """A `Structure` of clean `atoms` with their bodies (n,), −1 for atoms to leave out, and rows of nodes."""
-    node_mask = np.zeros(len(body), dtype=bool)
-    node_mask[nodes] = True
     for c, chain in enumerate(ids):
-        if not node_mask[body == c].any():
+        if c not in body[nodes]:
             raise ValueError(f"expected Cα atoms (or P of nucleotides) in {chain!r} of {name}, got none")
-    order = np.flatnonzero(body >= 0)
-    order = order[np.argsort(body[order], kind="stable")]
-    atoms, body = take(atoms, order), body[order]
-    node_rows = np.flatnonzero(node_mask[order])
-    if imaging == "ca":
-        rows, weights = node_rows, residue_scattering(atoms, node_rows)
+    # Body by body; −1 are atoms to leave out.
+    order = np.argsort(body, kind="stable")[np.sum(body < 0) :]
+    group, body = take(group, order), body[order]
+    node_rows = np.flatnonzero(np.isin(order, nodes))
+    if atoms == "ca":
+        rows, weights = node_rows, residue_scattering(group, node_rows)
     else:
-        numbers = atomic_numbers(atoms)
+        numbers = atomic_numbers(group)
         rows = np.flatnonzero(numbers > 1)
         weights = numbers[rows]
     return Structure(
         name=name,
-        atoms=atoms,
+        atoms=group,
         chain_ids=tuple(ids),
         atom_chain=body,
-        atom_node=ride(atoms, body, node_rows),
+        atom_node=ride(group, body, node_rows),
         rows=rows,
         node_rows=node_rows,
         weights=weights / weights.mean(),
-        origin=atoms.getCoords()[rows].mean(0),
+        origin=group.getCoords()[rows].mean(0),
     )
 
 

@@ -75,11 +75,6 @@ def fit(
     >>> len(history)
     1
     """
-    if not (len(train) and len(held_out)):
-        raise ValueError(
-            f"expected particles to train on and to hold out, got {len(train)} and {len(held_out)}; "
-            "try particles.split(validation=0.1)"
-        )
     if precision not in ("no", "bf16"):
         raise ValueError(f'expected precision "no" or "bf16", got {precision!r}')
     for particles in (train, held_out):
@@ -87,13 +82,13 @@ def fit(
     # Not Apple's MPS, which accelerate would choose: it has no float64, and the scores need it.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model.to(accelerator.device)
-    if checkpoint is None or not Path(checkpoint).exists():
-        model.estimate_contrast(train)
     optimizer = torch.optim.Adam(model.encoder.parameters(), lr=learning_rate)
     data = fingerprint(train.fingerprint(), held_out.fingerprint(), learning_rate, batch_size, seed)
     run = _Run(model, optimizer, data)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
+    else:
+        model.estimate_contrast(train)
     encoder, optimizer = accelerator.prepare(model.encoder, optimizer)
 
     def loss_of(batch) -> Tensor:
@@ -165,12 +160,9 @@ class _Run:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.model.encoder.state_dict().items()}
 
-    def _best_epoch(self) -> int:
-        losses = [epoch.held_out_loss for epoch in self.history]
-        return losses.index(min(losses)) if losses else -1
-
     def epochs_without_progress(self) -> int:
-        return len(self.history) - 1 - self._best_epoch() if self.history else 0
+        losses = [epoch.held_out_loss for epoch in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     def add(self, epoch: Epoch) -> None:
         self.history.append(epoch)
@@ -202,17 +194,13 @@ class _Run:
                 f"expected a checkpoint of {self.model.structure!r} and this encoder, got one that differs in "
                 f"{', '.join(differing)} at {path}; try another checkpoint path"
             )
-        groups: dict[str, dict] = {"last": {}, "best": {}, "adam": {}}
-        for name, value in tensors.items():
-            group, _, rest = name.partition("/")
-            # Adam counts its steps on the CPU.
-            groups[group][rest] = value if rest.endswith("/step") else value.to(self.model.device)
-        self.model.encoder.load_state_dict(groups["last"])
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.encoder.load_state_dict(part("last/"))
         self.model.contrast.fill_(meta["contrast"])
-        self.best = groups["best"]
-        state: dict[int, dict] = {}
-        for name, value in groups["adam"].items():
-            index, _, field = name.partition("/")
-            state.setdefault(int(index), {})[field] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.best = part("best/")
+        adam = {index: part(f"adam/{index}/") for index, _ in enumerate(self.model.encoder.parameters())}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": adam})
         self.history = [Epoch(**epoch) for epoch in meta["history"]]

@@ -42,11 +42,9 @@ class Truth:
 
     def __getitem__(self, rows) -> "Truth":
         rows = torch.from_numpy(positions(rows, len(self)))
-        return replace(
-            self,
-            frame=None if self.frame is None else self.frame[rows],
-            latents=None if self.latents is None else self.latents[rows],
-        )
+        if self.latents is None:
+            return replace(self, frame=self.frame[rows])
+        return replace(self, latents=self.latents[rows])
 
     @property
     def coordinate(self) -> Tensor | None:

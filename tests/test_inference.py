@@ -15,6 +15,7 @@ from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
 from cryochains.particles import ParticleStack
 from cryochains.population import Population, elastic_variance
+from cryochains.pretrained import load_pretrained
 from cryochains.simulation import simulate_particles
 
 BLURS = (6.0, 3.0, 0.0, 0.0)
@@ -374,8 +375,8 @@ def test_refinement_round_trip(refined, tmp_path):
     loaded = Refinement.load(tmp_path / "refinement.safetensors")
     assert_same(loaded, refined)
     assert "50 particles" in repr(loaded)
-    with pytest.raises(ValueError, match="expected a population file, got refinement at"):
-        Population.load(tmp_path / "refinement.safetensors")
+    with pytest.raises(ValueError, match="expected a pretrained model file, got refinement at"):
+        load_pretrained(tmp_path / "refinement.safetensors")
 
 
 # Bad input

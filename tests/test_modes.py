@@ -53,8 +53,9 @@ def test_eigenvalues_and_modes_are_those_of_prody(ubiquitin):
 
 
 @pytest.mark.parametrize("sparse_above", [0, 10**6])
-def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_above):
-    modes = compute_modes(closed, 50, cache=False, sparse_above=sparse_above)
+def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_above, monkeypatch):
+    monkeypatch.setattr(module, "_SPARSE_ABOVE", sparse_above)
+    modes = compute_modes(closed, 50, cache=False)
     assert modes.chain_ids == ("A", "B") and modes.n_modes == (50, 50)
     assert modes.structure_hash == closed.content_hash
     for c in range(2):
@@ -66,9 +67,11 @@ def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_a
         np.testing.assert_allclose(np.einsum("inx,jnx->ij", vectors, rigid_motions(coords)), 0, atol=1e-6)
 
 
-def test_sparse_and_dense_agree(closed):
-    dense = compute_modes(closed, (30, 10), cache=False, sparse_above=10**6)
-    sparse = compute_modes(closed, (30, 10), cache=False, sparse_above=0)
+def test_sparse_and_dense_agree(closed, monkeypatch):
+    monkeypatch.setattr(module, "_SPARSE_ABOVE", 10**6)
+    dense = compute_modes(closed, (30, 10), cache=False)
+    monkeypatch.setattr(module, "_SPARSE_ABOVE", 0)
+    sparse = compute_modes(closed, (30, 10), cache=False)
     assert dense.n_modes == sparse.n_modes == (30, 10)
     for c in range(2):
         np.testing.assert_allclose(sparse.eigenvalues[c], dense.eigenvalues[c], rtol=1e-8)

@@ -168,8 +168,7 @@ def test_modules_stay_readable():
     too_long = {path.name: n for path in LIBRARY if (n := len(path.read_text().splitlines())) >= 350}
     assert not too_long
     code = {path.name: lines_of_code(path) for path in LIBRARY}
-    # 3,000 is the aim; what is above it has to go when something else comes.
-    assert sum(code.values()) < 3150, code
+    assert sum(code.values()) < 3000, code
     for path in LIBRARY:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} opens with no docstring"
 

@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_the_stack(tmp_path):
     whole = n * box * box * 4
     chunks = (torch.full((100, box, box), float(i)) for i in range(n // 100))
     blocks = make(1)[np.zeros(n, dtype=int)]._blocks([f"{i + 1:06d}@big.mrcs" for i in range(n)])
-    write_particles(tmp_path / "big.star", blocks, chunks, n, box, 1.0)
+    write_particles(tmp_path / "big.star", blocks, chunks, (n, box, box), 1.0)
     stack = load_particles(tmp_path / "big.star")
     tracemalloc.start()
     try:

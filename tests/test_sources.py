@@ -218,7 +218,7 @@ def test_an_id_that_cannot_be_had_says_where_it_was_sought(tmp_path, monkeypatch
         "no route to host",
     ):
         assert place in message
-    assert list((cache_folder() / "structures").iterdir()) == []
+    assert list(cache_folder().rglob("*")) == []
 
 
 def test_a_fetched_entry_is_kept_in_the_cache(monkeypatch, no_network):

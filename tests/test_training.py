@@ -255,7 +255,7 @@ def test_pixels_of_another_size(closed, sets):
 
 def test_sets_without_particles(closed, sets):
     for empty in ((sets[0], sets[1][:0]), (sets[0][:0], sets[1])):
-        with pytest.raises(ValueError, match="expected particles to train on and to hold out, got"):
+        with pytest.raises(ValueError, match="expected at least one particle, got none; try another selection"):
             run(closed, empty)
 
 
