@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "cryochains").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+WIDGETS = ("widgets", "panels", "explorer")
 CONDA_NAMES = {"pytorch": "torch"}
 
 
@@ -146,7 +147,7 @@ def test_library_loads_no_pickles():
 def test_library_inherits_from_modules_of_torch_only():
     allowed = {"nn.Module", "torch.nn.Module", "torch.autograd.Function", "Function"}
     for path, node in syntax():
-        if isinstance(node, ast.ClassDef) and path.name != "widgets.py":
+        if isinstance(node, ast.ClassDef) and path.stem not in WIDGETS:
             assert {ast.unparse(base) for base in node.bases} <= allowed, where(path, node)
 
 
@@ -168,7 +169,9 @@ def test_modules_stay_readable():
     too_long = {path.name: n for path in LIBRARY if (n := len(path.read_text().splitlines())) >= 350}
     assert not too_long
     code = {path.name: lines_of_code(path) for path in LIBRARY}
-    assert sum(code.values()) < 3000, code
+    shown = sum(code.pop(f"{name}.py") for name in (*WIDGETS, "landscape", "exports", "screws", "plots"))
+    assert sum(code.values()) < 2800, code
+    assert shown < 1100, "what shows it is too long"
     for path in LIBRARY:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} opens with no docstring"
 
