@@ -18,15 +18,15 @@ from .dynamics import Dynamics
 from .exports import save_chimerax, save_movie
 from .files import atomic_path
 from .inference import posterior_covariance
-from .landscape import atom_uncertainty, particle_columns, save_selection
-from .latent import compute_pca, latent_table, save_ensemble
+from .landscape import atom_uncertainty, decode_one, particle_columns, save_selection
+from .latent import compute_pca, save_ensemble
 from .model import CryoChains
 from .panels import PERCENTILES, ChainSliders, ComponentSliders, Landscape, guard
 from .particles import ParticleStack
 from .plots import plot_explorer, plot_particles
 from .population import Refinement
-from .screws import motion_sentence
-from .widgets import SCALE, Molecule, ipywidgets
+from .screws import change_sentence, describe_change, motion_sentence
+from .widgets import Molecule, color_bar, ipywidgets
 
 CHAIN, DISPLACEMENT, UNCERTAINTY = "chain", "displacement from the reference (Å)", "uncertainty (Å)"
 # Files of "Save", by what they are called on the buttons.
@@ -52,9 +52,8 @@ class Explorer(ipywidgets.VBox):
         self.components = ComponentSliders(self.said, self.set_component)
         self.chains = ChainSliders(dynamics, latents, self.said, self._set_latent)
         self.selection = ipywidgets.HBox()
-        self.landscape = Landscape(
-            dynamics, latents, columns, n_components, self.said, self._new_motions, self.select
-        )
+        calls = self.said, self._new_motions, self.select
+        self.landscape = Landscape(dynamics, latents, columns, n_components, *calls)
         tabs = ipywidgets.Tab([self.components, self.chains, self.selection, self._build_saving()])
         tabs.titles = ("Principal motions", "Chains", "Selection", "Save")
         super().__init__([ipywidgets.HBox([self.landscape, self._build_molecule()]), self.said, tabs])
@@ -104,8 +103,7 @@ class Explorer(ipywidgets.VBox):
     def move(self, place: torch.Tensor) -> None:
         """Show the conformation at latents `place` (p,): atoms, colours and every slider follow."""
         self.place = place
-        with torch.no_grad():
-            coords = self.every.decode(place[None])[0].numpy()
+        coords = decode_one(self.every, place)
         self.molecule.move(coords, self._values(coords))
         self.components.follow(place)
         self.chains.follow(place)
@@ -158,6 +156,7 @@ class Explorer(ipywidgets.VBox):
             error = np.sqrt(np.mean(atom_uncertainty(self.dynamics, self.place, self.covariance) ** 2))
             lines.append(f"error bar {error:.2f} Å (RMS over the atoms)")
         lines += [f"{column} {self.columns[column].iloc[row]:.2f}" for column in self.columns]
+        lines.append(self._words())
         parts = [ipywidgets.HTML("<br>".join(lines))]
         if self.model is not None and self.particles is not None:
             figure = plot_particles(self.model, self.particles[[row]], self.latents[[row]])
@@ -168,11 +167,8 @@ class Explorer(ipywidgets.VBox):
         """The mean conformation of the particles at these positions of the stack."""
         self.rows = self._check_rows(rows)
         self.covariance = self._uncertain(self.rows)
-        mean = self.latents[self.rows].mean(0)
-        self.move(mean)
-        table = latent_table(self.dynamics, mean[None], ids=["mean"]).T.to_html(float_format="{:.2f}".format)
-        table = f"<div style='max-height: 300px; overflow: auto'>{table}</div>"
-        self.selection.children = [ipywidgets.HTML(f"<b>Mean of {len(self.rows):,} particles</b>{table}")]
+        self.move(self.latents[self.rows].mean(0))
+        self.selection.children = [ipywidgets.HTML(f"<b>Mean of {len(self.rows):,} particles</b><br>{self._words()}")]
 
     def recolor(self) -> None:
         """Colours of the atoms as chosen, and their scale."""
@@ -224,6 +220,14 @@ class Explorer(ipywidgets.VBox):
         component = self.landscape.x.value
         return plot_explorer(self.motions, component, motion_sentence(self.motions, component))
 
+    @torch.no_grad()
+    def _words(self) -> str:
+        """What the conformation on screen is, from the mean of all particles."""
+        mean = torch.from_numpy(self.motions.mean).float()
+        before, after = self.dynamics.decode(torch.stack([mean, self.place])).numpy()
+        words = change_sentence(describe_change(self.dynamics.structure, before, after))
+        return escape(f"From the mean of all particles: {words}")
+
     def _write(self, path: Path, content: bytes) -> None:
         with atomic_path(path) as part:
             part.write_bytes(content)
@@ -262,20 +266,13 @@ class Explorer(ipywidgets.VBox):
         return super()._repr_mimebundle_(**kwargs) | {"image/png": picture}
 
     def __repr__(self) -> str:
-        n = len(self.components.spread)
-        return f"Explorer({len(self.latents):,} particles, {self.motions.label}, {n} components)"
+        n, k = self.motions.scores.shape
+        return f"Explorer({n:,} particles, {self.motions.label}, {k} components)"
 
 
 def in_notebook() -> bool:
     """Whether this Python is the kernel of a notebook."""
     return hasattr(get_ipython(), "kernel")
-
-
-def color_bar(title: str, top: float) -> str:
-    """HTML of a colour bar from 0 to `top`."""
-    colors = f"background: linear-gradient(to right, {', '.join(SCALE)})"
-    bar = f"<div style='flex: 1; height: 12px; margin: 0 6px; {colors}'></div>"
-    return f"<div style='display: flex; align-items: center'>{escape(title)}&nbsp; 0{bar}{top:.1f}</div>"
 
 
 def explore(

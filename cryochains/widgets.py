@@ -4,6 +4,7 @@ Only coordinates, and colours when they are asked for, travel to the browser whe
 """
 
 import json
+from html import escape
 from io import StringIO
 from pathlib import Path
 from string import ascii_letters, digits
@@ -47,6 +48,13 @@ def pdb_text(structure: Structure, coords: np.ndarray) -> tuple[str, list[str]]:
     atoms.setChids(np.array(letters)[structure.atom_chain])
     prody.writePDBStream(stream := StringIO(), atoms)
     return stream.getvalue(), letters
+
+
+def color_bar(title: str, top: float) -> str:
+    """HTML of a colour bar from 0 to `top`."""
+    colors = f"background: linear-gradient(to right, {', '.join(SCALE)})"
+    bar = f"<div style='flex: 1; height: 12px; margin: 0 6px; {colors}'></div>"
+    return f"<div style='display: flex; align-items: center'>{escape(title)}&nbsp; 0{bar}{top:.1f}</div>"
 
 
 def check_front_end() -> None:

@@ -1,4 +1,4 @@
-"""The quickstart in a real JupyterLab and a real browser: it runs, the molecule is drawn, and the slider moves it.
+"""The quickstart in a real JupyterLab and a real browser: it runs, the explorer is drawn, and answers the mouse.
 
 Screenshots are left in results/browser. Needs Chromium; runs on a copy of the notebook with fewer particles.
 """
@@ -23,7 +23,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "results" / "browser"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MISSING = [name for name in ("playwright", "jupyterlab", "nglview") if importlib.util.find_spec(name) is None]
+NEEDED = ("playwright", "jupyterlab", "nglview", "jscatter")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 # WebGL on the CPU; and a browser that talks to nobody else.
 FLAGS = (
     "--use-angle=swiftshader --enable-unsafe-swiftshader --ignore-gpu-blocklist --no-sandbox --disable-dev-shm-usage "
@@ -89,7 +90,7 @@ def page(address):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page = browser.new_page(viewport={"width": 1400, "height": 1250})
         page.complaints = []
         page.on("pageerror", lambda error: page.complaints.append(f"uncaught: {error}"))
         page.on("console", lambda m: page.complaints.append(m.text) if m.type == "error" else None)
@@ -97,7 +98,7 @@ def page(address):
         page.goto(address)
         yield page
         PICTURES.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=PICTURES / "4-end-page.png")  # what it looked like where a test failed
+        page.screenshot(path=PICTURES / "7-end-page.png")  # what it looked like where a test failed
         browser.close()
 
 
@@ -138,44 +139,117 @@ def changed(pixels: np.ndarray, before: np.ndarray) -> float:
     return float((np.abs(now - then).max(-1) > 40).mean())
 
 
-def test_quickstart_in_jupyterlab(page, notebook):
+def share_of(pixels: np.ndarray, color: str) -> float:
+    """Share of the strongly coloured pixels whose channels are in the order of `color`: shading keeps the order."""
+    strong = pixels[pixels.max(-1) - pixels.min(-1) > 60]
+    order = np.argsort([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    return float((np.argsort(strong, axis=-1) == order).all(-1).mean())
+
+
+def wait_until_said(page, text: str) -> None:
+    page.wait_for_function("text => document.body.innerText.includes(text)", arg=text)
+
+
+@pytest.fixture(scope="module")
+def explorer(page):
+    """The page once the notebook has run; the output of the explorer's cell."""
     wait_for_kernel(page)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    status = page.locator(".jp-OutputArea .widget-label", has_text="RMSD to glua3-closed")
-    status.wait_for(timeout=1000 * SECONDS)
-    status.scroll_into_view_if_needed()
+    output = page.locator(".jp-OutputArea", has=page.locator(".widget-tab")).last
+    output.get_by_text("RMSD to glua3-closed").wait_for(timeout=1000 * SECONDS)
+    output.locator("canvas").last.scroll_into_view_if_needed()
+    return output
+
+
+def test_molecule_is_drawn_in_the_chains_colours(page, explorer):
     before = picture(page, "1-start")
     assert drawn(before) > 0.05, "the canvas is blank"
     for color in ("#0072B2", "#D55E00"):
-        # Shading changes brightness, not the order of the channels.
-        order = np.argsort([int(color[i : i + 2], 16) for i in (1, 3, 5)])
-        strong = before[before.max(-1) - before.min(-1) > 60]
-        assert (np.argsort(strong, axis=-1) == order).all(-1).mean() > 0.1, f"no chain is {color}"
+        assert share_of(before, color) > 0.1, f"no chain is {color}"
 
-    said = status.inner_text()
-    handle = page.locator(".jp-OutputArea .noUi-handle").last
+
+def test_slider_moves_the_molecule_and_back(page, explorer):
+    before = picture(page, "1-start")
+    handle = explorer.locator(".noUi-handle:visible").first
     handle.focus()
-    for _ in range(8):
+    # The mean is on no step of the slider: a step there and back is where the walk starts.
+    handle.press("ArrowRight")
+    handle.press("ArrowLeft")
+    wait_until_said(page, "+0.00")
+    start = picture(page, "2-first-step")
+    assert changed(start, before) < 0.01
+    for _ in range(20):
         handle.press("ArrowRight")
-    page.wait_for_function("said => !document.body.innerText.includes(said)", arg=said)
-    assert changed(picture(page, "2-slid"), before) > 0.02, "the slider moved and the molecule did not"
+    wait_until_said(page, "+1.00")
+    assert changed(picture(page, "2-slid"), start) > 0.02, "the slider moved and the molecule did not"
     # Back again: only coordinates were sent, so the picture is the same.
-    for _ in range(8):
+    for _ in range(20):
         handle.press("ArrowLeft")
-    page.wait_for_function("said => document.body.innerText.includes(said)", arg=said)
-    assert changed(picture(page, "3-back"), before) < 0.002
+    wait_until_said(page, "+0.00")
+    assert changed(picture(page, "3-back"), start) < 0.002
 
+
+def test_click_shows_a_particle_and_lasso_a_mean(page, explorer):
+    explorer.get_by_role("tab", name="Selection").click()
+    box = explorer.locator("canvas").first.bounding_box()
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return box["x"] + x * box["width"], box["y"] + y * box["height"]
+
+    # Somewhere in the middle there is a particle.
+    for x, y in np.stack(np.meshgrid(np.linspace(0.25, 0.75, 11), np.linspace(0.3, 0.7, 9)), -1).reshape(-1, 2):
+        page.mouse.click(*at(x, y))
+        page.wait_for_timeout(300)
+        if explorer.get_by_text("error bar").count():
+            break
+    explorer.get_by_text("error bar").wait_for()
+    assert "Particle 0" in explorer.inner_text() and "uncertainty (Å)" in explorer.inner_text()
+    image = explorer.locator("img.widget-image")
+    assert image.evaluate("image => image.naturalWidth") > 300, "no image of the particle"
+    picture(page, "4-particle")
+
+    explorer.locator("button[title*=asso]").first.click()
+    corners = [(0.2, 0.15), (0.8, 0.15), (0.8, 0.85), (0.2, 0.85), (0.2, 0.2)]
+    page.mouse.move(*at(*corners[0]))
+    page.mouse.down()
+    for corner in corners[1:]:
+        page.mouse.move(*at(*corner), steps=20)
+    page.mouse.up()
+    explorer.get_by_text("Mean of ").wait_for()
+    assert int(explorer.get_by_text("Mean of ").inner_text().split()[2]) > 5
+    picture(page, "5-group")
+
+
+def test_atoms_are_coloured_by_displacement_beside_the_reference(page, explorer):
+    before = picture(page, "5-group")
+    explorer.get_by_label("reference").check()
+    paints = explorer.locator("select", has=page.locator("option", has_text="displacement"))
+    paints.select_option(label="displacement from the reference (Å)")
+    explorer.get_by_text("displacement from the reference (Å)").last.wait_for()
+    after = picture(page, "6-displacement")
+    assert changed(after, before) > 0.02 and share_of(after, "#D55E00") < 0.5 * share_of(before, "#D55E00")
+
+
+def test_picture_of_the_view_arrives_in_python(page, explorer, notebook):
+    explorer.get_by_role("tab", name="Save").click()
+    explorer.get_by_role("button", name="picture").click()
+    wait_until_said(page, "Wrote results/explorer/pc1")
+    (path,) = (notebook.parent / "results" / "explorer").glob("*.png")
+    assert drawn(np.asarray(Image.open(path).convert("RGB")).astype(int)) > 0.05
+
+
+def test_notebook_ran_whole(page, explorer, notebook):
     page.keyboard.press("Control+s")
     page.locator(".jp-mod-dirty").first.wait_for(state="detached")
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     errors = [output["evalue"] for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
     assert not errors
+    # Three figures, and the one of the explorer for pages that show no widgets.
     pictures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
-    assert pictures == 3, "a figure was not shown"
-    assert (notebook.parent / "results" / "quickstart" / "pc1.pdb").stat().st_size > 1e6
+    assert pictures == 4, "a figure was not shown"
 
 
-def test_no_javascript_errors(page):
+def test_no_javascript_errors(page, explorer):
     assert not page.complaints
