@@ -40,6 +40,7 @@ lab: .venv/.full
 bench: .venv/.bench
 	PYTHONPATH=.venv/cryosphere $(BIN)/python benchmarks/projection_vs_cryosphere.py
 	$(BIN)/python benchmarks/map_round.py
+	$(BIN)/python benchmarks/explorer.py
 
 .venv/.base: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
@@ -61,6 +62,6 @@ bench: .venv/.bench
 	@touch $@
 
 # cryoSPHERE is timed against, never depended on: it lives beside the environment, without its own dependencies.
-.venv/.bench: .venv/.base
+.venv/.bench: .venv/.full
 	@$(INSTALL) --no-deps --upgrade --target .venv/cryosphere cryosphere==0.6.1 einops
 	@touch $@

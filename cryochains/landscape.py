@@ -17,7 +17,7 @@ from .latent import PrincipalMotions
 from .particles import ParticleStack
 
 
-def point_density(x: np.ndarray, y: np.ndarray, bins: int = 200) -> np.ndarray:
+def point_density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(N,) how crowded the place of each point is, 1 at the most crowded one: a histogram a little smoothed.
 
     Examples
@@ -26,7 +26,8 @@ def point_density(x: np.ndarray, y: np.ndarray, bins: int = 200) -> np.ndarray:
     >>> bool(crowd[0] == 1 and crowd[-1] < 0.02)
     True
     """
-    counts, *edges = np.histogram2d(x, y, bins)
+    # Few points need wide bins to be crowded at all.
+    counts, *edges = np.histogram2d(x, y, int(np.clip(len(x) ** 0.5, 10, 200)))
     crowd = gaussian_filter(counts, 1.5, mode="constant")
     # The last point of each axis is in the last bin, not behind it.
     places = [np.searchsorted(edge[1:-1], values, "right") for edge, values in zip(edges, (x, y), strict=True)]

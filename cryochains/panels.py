@@ -68,7 +68,7 @@ class Landscape(ipywidgets.VBox):
         self.color = ipywidgets.Dropdown(
             options=["density", *columns], description="colour by", layout={"width": "96%"}
         )
-        self.frame = ipywidgets.VBox(layout={"height": "420px"})
+        self.frame = ipywidgets.VBox(layout={"height": "370px"})
         for control in (self.chain, self.kind):
             control.observe(guard(self.analyse, said), "value")
         for control in (self.x, self.y, self.color):
@@ -97,8 +97,8 @@ class Landscape(ipywidgets.VBox):
         values = point_density(x, y) if by == "density" else self.columns[by].to_numpy()
         scatter = jscatter.Scatter(
             data=pd.DataFrame({"x": x, "y": y, by: values}, dtype=np.float32), x="x", y="y", color_by=by,
-            color_map="viridis", axes_labels=[f"PC{k + 1} (Å)" for k in axes], legend=True, height=380,
-            selection=self.rows, size=int(np.clip(400 / len(x) ** 0.5, 1, 8)),
+            color_map="viridis", axes_labels=[f"PC{k + 1} (Å)" for k in axes], legend=True, height=330,
+            selection=self.rows, size=int(np.clip(120 / len(x) ** 0.5, 1, 8)),
         )  # fmt: skip
         self.scatter, before = scatter.widget, self.frame.children
         self.scatter.observe(guard(self._selected, self.said), "selection")
