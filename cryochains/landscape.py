@@ -39,14 +39,14 @@ def point_density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def particle_columns(
     dynamics: Dynamics, std: Tensor | None = None, particles: ParticleStack | None = None
 ) -> pd.DataFrame:
-    """What is known of each particle besides its latents: error bar and defocus, where there are such.
+    """What is known of each particle besides its latents, in numbers to colour them by, where there are such.
 
     Parameters
     ----------
     std : (N, p) tensor, optional
         Posterior standard deviations: gives "uncertainty (Å)", RMS over the atoms.
     particles : ParticleStack, optional
-        With a CTF: gives "defocus (µm)".
+        With a CTF: gives "defocus (µm)"; from a file: its columns, such as rlnRandomSubset, unless all are equal.
 
     Examples
     --------
@@ -65,6 +65,8 @@ def particle_columns(
         columns["uncertainty (Å)"] = (std.square() @ squares).sqrt().numpy()
     if particles is not None and particles.ctf is not None:
         columns["defocus (µm)"] = ((particles.ctf.defocus_u + particles.ctf.defocus_v) / 2e4).numpy()
+    if particles is not None:
+        columns |= {name: column for name, column in particles.columns.items() if column.nunique() > 1}
     return pd.DataFrame(columns)
 
 

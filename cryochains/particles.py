@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -147,6 +148,14 @@ class ParticleStack:
     @property
     def box_size(self) -> int:
         return self.images.shape[-1]
+
+    @property
+    def columns(self) -> pd.DataFrame:
+        """n rows of the numbers that the .star file holds, such as rlnRandomSubset; no columns without a file."""
+        if self._source is None:
+            return pd.DataFrame(index=range(len(self)))
+        table = self._source[0].particles.iloc[self.rows].apply(pd.to_numeric, errors="coerce")
+        return table.dropna(axis=1).reset_index(drop=True)
 
     def __getitem__(self, rows) -> "ParticleStack":
         """The particles at these positions (int, slice, indices or mask), in this order. Reads no image."""

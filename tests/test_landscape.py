@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import starfile
 import torch
 
 from cryochains.dynamics import Dynamics
@@ -57,6 +58,20 @@ def test_columns_of_particles(closed, dynamics):
     assert list(columns) == ["defocus (µm)"]
     np.testing.assert_allclose(columns["defocus (µm)"], expected)
     assert particle_columns(dynamics).empty
+
+
+def test_columns_of_a_file(tmp_path, closed, dynamics):
+    simulate_particles(
+        closed, 6, conformations=closed.coords[None], box_size=32, progress=False, path=tmp_path / "all.star"
+    )
+    blocks = starfile.read(tmp_path / "all.star")
+    blocks["particles"]["rlnRandomSubset"] = [1, 1, 1, 2, 1, 1]
+    starfile.write(blocks, tmp_path / "all.star", overwrite=True)
+    particles = load_particles(tmp_path / "all.star")
+    assert particles.columns["rlnRandomSubset"].tolist() == [1, 1, 1, 2, 1, 1]
+    columns = particle_columns(dynamics, None, particles[[4, 3]])
+    assert columns["rlnRandomSubset"].tolist() == [1, 2] and "rlnVoltage" not in columns
+    assert "rlnImageName" not in columns and list(columns)[0] == "defocus (µm)"
 
 
 def test_selection_names_its_particles(tmp_path, closed, dynamics):
