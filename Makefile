@@ -26,10 +26,12 @@ help:
 demo: .venv/.base
 	$(BIN)/python examples/demo.py
 
-# Fast tests first: style, then tests and docstring examples, then notebooks.
+# Fast tests first: style, then tests and docstring examples, then notebooks. Two at a time, one core each: threads that
+# share small products mostly wait for each other.
+TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: lint
-	MPLBACKEND=Agg $(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
+	MPLBACKEND=Agg $(TWICE)
+	$(TWICE) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
 
 lint: .venv/.full
 	$(BIN)/ruff check .
