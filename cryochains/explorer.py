@@ -14,11 +14,11 @@ import torch
 from IPython import get_ipython
 from matplotlib.figure import Figure
 
+from . import landscape
 from .dynamics import Dynamics
 from .exports import save_chimerax, save_movie
 from .files import atomic_path
 from .inference import posterior_covariance
-from .landscape import atom_uncertainty, decode_one, particle_columns, save_selection
 from .latent import compute_pca, save_ensemble
 from .model import CryoChains
 from .panels import PERCENTILES, ChainSliders, ComponentSliders, Landscape, guard
@@ -39,15 +39,17 @@ class Explorer(ipywidgets.VBox):
     """Latent space and molecule side by side; made by `explore`.
 
     What the mouse does has names too: `set_component`, `show_particle`, `show_group`, `reset`, `save`,
-    `save_selection`. ``place`` (p,) are the latents on screen, ``rows`` the selected particles' positions in the stack.
+    `save_selection`. ``motions`` and ``place`` (p,), latents, are those on screen, ``rows`` the selected particles' positions
+    in the stack.
     """
 
-    def __init__(self, dynamics, latents, std, columns, n_components, model=None, particles=None, found=None):
-        self.dynamics, self.latents, self.std = dynamics, latents, std
+    def __init__(self, dynamics, latents, columns, n_components, model=None, particles=None, found=None):
+        self.dynamics, self.latents = dynamics, latents
         self.columns, self.model, self.particles, self.found = columns, model, particles, found
         self.every = dynamics.with_structure(dynamics.structure.all_atoms())
         self.reference = self.every.reference.numpy()
-        self.rows, self.covariance = np.zeros(0, dtype=int), None
+        self.rows = np.zeros(0, dtype=int)
+        self.average = None if found is None else landscape.average_covariance(found, model, particles)
         self.said = ipywidgets.HTML()
         self.components = ComponentSliders(self.said, self.set_component)
         self.chains = ChainSliders(dynamics, latents, self.said, self._set_latent)
@@ -60,17 +62,12 @@ class Explorer(ipywidgets.VBox):
         self.landscape.analyse()
         self.select(())
 
-    @property
-    def motions(self):
-        """The principal motions of the chain and kind that are chosen."""
-        return self.landscape.motions
-
     def _build_molecule(self) -> ipywidgets.VBox:
         # The camera looks along the direction in which particles move least.
         ends = np.percentile(self.latents[:: -(-len(self.latents) // 2000)], (5, 95), axis=0)
         low, high = self.every.decode(torch.from_numpy(ends).float()).numpy()
         self.molecule = Molecule(self.dynamics.structure, self.reference, high - low)
-        paints = (CHAIN, DISPLACEMENT) if self.std is None else (CHAIN, DISPLACEMENT, UNCERTAINTY)
+        paints = (CHAIN, DISPLACEMENT) if self.found is None else (CHAIN, DISPLACEMENT, UNCERTAINTY)
         self.paint = ipywidgets.Dropdown(options=paints, description="colour by", layout={"width": "58%"})
         self.ghost = ipywidgets.Checkbox(description="reference", indent=False, layout={"width": "20%"})
         home = ipywidgets.Button(description="reset", layout={"width": "18%"})
@@ -97,13 +94,15 @@ class Explorer(ipywidgets.VBox):
         return ipywidgets.VBox([self.folder, ipywidgets.HBox(buttons)])
 
     def _new_motions(self) -> None:
-        self.components.show(self.motions)
+        self.motions = self.landscape.motions
+        errors = None if self.average is None else landscape.component_errors(self.motions, self.average)
+        self.components.show(self.motions, errors)
         self.reset()
 
     def move(self, place: torch.Tensor) -> None:
         """Show the conformation at latents `place` (p,): atoms, colours and every slider follow."""
         self.place = place
-        coords = decode_one(self.every, place)
+        coords = landscape.decode_one(self.every, place)
         self.molecule.move(coords, self._values(coords))
         self.components.follow(place)
         self.chains.follow(place)
@@ -112,7 +111,7 @@ class Explorer(ipywidgets.VBox):
 
     def reset(self) -> None:
         """Back to the mean of all particles."""
-        self.covariance = self._uncertain(slice(None))
+        self.covariance = self.average
         self.move(torch.from_numpy(self.motions.mean).float())
 
     def set_component(self, component: int, deviations: float) -> None:
@@ -148,12 +147,12 @@ class Explorer(ipywidgets.VBox):
     def show_particle(self, row: int) -> None:
         """The conformation of particle number `row` of the stack, its error bar, its image and reconstruction."""
         self.rows = self._check_rows([row])
-        self.covariance = self._uncertain(self.rows)
+        self.covariance = self._uncertain()
         self.move(self.latents[row])
         name = f"row {row}" if self.particles is None else f"{self.particles.ids[row]} (row {row})"
         lines = [f"<b>Particle {escape(name)}</b>"]
         if self.covariance is not None:
-            error = np.sqrt(np.mean(atom_uncertainty(self.dynamics, self.place, self.covariance) ** 2))
+            error = np.sqrt(np.mean(landscape.atom_uncertainty(self.dynamics, self.place, self.covariance) ** 2))
             lines.append(f"error bar {error:.2f} Å (RMS over the atoms)")
         lines += [f"{column} {self.columns[column].iloc[row]:.2f}" for column in self.columns]
         lines.append(self._words())
@@ -166,7 +165,7 @@ class Explorer(ipywidgets.VBox):
     def show_group(self, rows) -> None:
         """The mean conformation of the particles at these positions of the stack."""
         self.rows = self._check_rows(rows)
-        self.covariance = self._uncertain(self.rows)
+        self.covariance = self._uncertain()
         self.move(self.latents[self.rows].mean(0))
         self.selection.children = [ipywidgets.HTML(f"<b>Mean of {len(self.rows):,} particles</b><br>{self._words()}")]
 
@@ -211,7 +210,7 @@ class Explorer(ipywidgets.VBox):
 
     def save_selection(self) -> Path:
         """Write the selected particles into the folder, see `landscape.save_selection`; returns the path."""
-        path = save_selection(self.folder.value, self.motions, self.latents, self.rows, self.particles)
+        path = landscape.save_selection(self.folder.value, self.motions, self.latents, self.rows, self.particles)
         self.said.value = f"Wrote {len(self.rows):,} particles to {escape(str(path))}"
         return path
 
@@ -241,19 +240,21 @@ class Explorer(ipywidgets.VBox):
             raise ValueError(f"expected particles from 0 to {n - 1}, got {rows.min()} to {rows.max()}")
         return rows
 
-    def _uncertain(self, rows) -> torch.Tensor | None:
-        """(p, p) covariance: exact of one particle with its image, else what the error bars say on average."""
-        if self.std is None:
+    def _uncertain(self) -> torch.Tensor | None:
+        """(p, p) covariance of the selected particle, exact with its image; of several, what their error bars say."""
+        if self.found is None:
             return None
-        if None not in (self.model, self.particles) and len(self.std[rows]) == 1:
-            return posterior_covariance(self.model, self.particles, self.found, rows)[0].float().cpu()
-        return self.std[rows].square().mean(0).diag()
+        if None not in (self.model, self.particles) and len(self.rows) == 1:
+            return posterior_covariance(self.model, self.particles, self.found, self.rows)[0].float().cpu()
+        return self.found.std[self.rows].square().mean(0).diag()
 
     def _values(self, coords: np.ndarray) -> np.ndarray | None:
         """(n_all,) Å by which atoms are coloured; None for chains."""
         if self.paint.value == DISPLACEMENT:
             return np.linalg.norm(coords - self.reference, axis=-1)
-        return atom_uncertainty(self.every, self.place, self.covariance) if self.paint.value == UNCERTAINTY else None
+        if self.paint.value == UNCERTAINTY:
+            return landscape.atom_uncertainty(self.every, self.place, self.covariance)
+        return None
 
     def _step(self) -> None:
         """One frame of the loop, there and back along the component on the x axis."""
@@ -319,7 +320,7 @@ def explore(
     <Figure size ...>
     """
     model, dynamics = (model, model.dynamics) if isinstance(model, CryoChains) else (None, model)
-    found, latents, std = (found, found.latents, found.std) if isinstance(found, Refinement) else (None, found, None)
+    found, latents = (found, found.latents) if isinstance(found, Refinement) else (None, torch.as_tensor(found))
     if found is not None and found.population.structure_hash != dynamics.structure.content_hash:
         raise ValueError(
             f"expected a refinement of {dynamics.structure!r}, got one of another structure; try the model it is of"
@@ -341,8 +342,8 @@ def explore(
             stacklevel=2,
         )
         return plot_explorer(motions, 0, motion_sentence(motions, 0))
-    known = particle_columns(dynamics, std, particles)
+    known = landscape.particle_columns(dynamics, None if found is None else found.std, particles)
     columns = known if columns is None else pd.concat([known, columns.reset_index(drop=True)], axis=1)
     # Sliders decode on the CPU: one conformation is not worth a GPU's while.
     dynamics = Dynamics(dynamics.structure, dynamics.modes, dynamics.rotation, dynamics.translation)
-    return Explorer(dynamics, latents.cpu().float(), std, columns, n_components, model, particles, found)
+    return Explorer(dynamics, latents.detach().cpu().float(), columns, n_components, model, particles, found)

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from .dynamics import Dynamics
 from .files import atomic_path
+from .inference import posterior_covariance
 from .latent import PrincipalMotions
+from .model import CryoChains
 from .particles import ParticleStack
+from .population import Refinement
 
 
 def point_density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -89,6 +92,36 @@ def atom_uncertainty(dynamics: Dynamics, latents: Tensor, covariance: Tensor) ->
         spread = (of_chain @ tangents.flatten(1)).view_as(tangents)
         parts.append((spread * tangents).sum((0, 2)).clamp_min(0).sqrt())
     return torch.cat(parts).cpu().numpy()
+
+
+def average_covariance(
+    found: Refinement, model: CryoChains | None = None, particles: ParticleStack | None = None, n: int = 32
+) -> Tensor:
+    """(p, p) posterior covariance of the latents of a typical particle.
+
+    With the model and the particles, the mean of `n` particles'; else their error bars alone, as if independent.
+
+    Examples
+    --------
+    >>> from cryochains import Population
+    >>> population = Population(torch.zeros(2), torch.eye(2), 1.0, 1.0, "")
+    >>> average_covariance(Refinement(torch.zeros(3, 2), torch.full((3, 2), 0.5), np.arange(3), population, []))
+    tensor([[0.2500, 0.0000],
+            [0.0000, 0.2500]])
+    """
+    if model is None or particles is None:
+        return found.std.square().mean(0).diag()
+    rows = np.unique(np.linspace(0, len(particles) - 1, n).astype(int))
+    return posterior_covariance(model, particles, found, rows).mean(0).float().cpu()
+
+
+def component_errors(motions: PrincipalMotions, covariance: Tensor) -> np.ndarray:
+    """(k,) Å, the error bar of a particle's score on each component: √(vᵀ C v) with the latents' `covariance` (p, p).
+
+    A component along which particles spread by little more than this is noise, as far as the images tell.
+    """
+    directions = motions.components
+    return np.sqrt(np.einsum("kp,pq,kq->k", directions, covariance.double().numpy(), directions))
 
 
 @torch.no_grad()

@@ -126,6 +126,7 @@ def compute_pca(
         raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}")
     if kind not in KIND_GROUPS:
         raise ValueError(f"expected kind {', '.join(map(repr, KIND_GROUPS))}, got {kind!r}")
+    latents = torch.as_tensor(latents)
     if latents.ndim != 2 or latents.shape[1] != dynamics.n_latents:
         raise ValueError(f"expected latents (N, {dynamics.n_latents}), got {tuple(latents.shape)}")
     wanted = np.isin(dynamics.latent_kind, KIND_GROUPS[kind])
@@ -134,7 +135,7 @@ def compute_pca(
     n_components = min(n_components, int(wanted.sum()), len(latents))
     if n_components < 1 or len(latents) < 2:
         raise ValueError(f"expected at least two particles and one {kind} latent, got {latents.shape} latents")
-    values = latents.cpu().numpy()
+    values = latents.detach().cpu().numpy()
     # Of a million particles every fifth tells the components as well.
     sample = values[:: -(-len(values) // MOST), wanted].astype(np.float64)
     pca = PCA(n_components, random_state=0).fit(sample)

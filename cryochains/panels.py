@@ -118,8 +118,8 @@ class ComponentSliders(ipywidgets.VBox):
         self.said, self.on_move, self.quiet = said, on_move, False
         super().__init__()
 
-    def show(self, motions: PrincipalMotions) -> None:
-        """Sliders of other components."""
+    def show(self, motions: PrincipalMotions, errors: np.ndarray | None) -> None:
+        """Sliders of other components, whose scores are known to within `errors` (k,) in Å."""
         self.motions, self.spread = motions, motions.scores.std(0)
         self.spread[self.spread == 0] = 1.0
         self.sliders, rows = [], []
@@ -133,7 +133,10 @@ class ComponentSliders(ipywidgets.VBox):
             slider.observe(guard(lambda k=k: self._moved(k), self.said), "value")
             self.sliders.append(slider)
             words = motion_sentence(motions, k).removeprefix(f"PC{k + 1}: ")
-            rows.append(ipywidgets.HBox([slider, ipywidgets.HTML(escape(words))]))
+            known = f"spread {self.spread[k]:.2f} Å" + ("" if errors is None else f", error bar {errors[k]:.2f} Å")
+            if errors is not None and self.spread[k] < 2 * errors[k]:
+                known += ": hardly told from noise"
+            rows.append(ipywidgets.HBox([slider, ipywidgets.HTML(f"<b>{known}</b><br>{escape(words)}")]))
         self.children = rows
 
     def follow(self, place: torch.Tensor) -> None:

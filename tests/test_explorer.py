@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import cryochains
 from cryochains.dynamics import Dynamics
 from cryochains.inference import posterior_covariance, refine
-from cryochains.landscape import atom_uncertainty
+from cryochains.landscape import atom_uncertainty, component_errors
 from cryochains.latent import latent_table
 from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
@@ -183,6 +183,9 @@ def test_particle_has_its_image_and_exact_error_bar(notebook, explorer, refined)
     model, found, particles = refined
     shown = cryochains.explore(model, found, particles)
     assert shown.landscape.color.options == ("density", "uncertainty (Å)", "defocus (µm)")
+    # Nothing moved here, and the components say so.
+    for row, error in zip(shown.components.children, component_errors(shown.motions, shown.average), strict=True):
+        assert f"error bar {error:.2f} Å: hardly told from noise" in row.children[1].value
     shown.select([5])
     picture, text = shown.selection.children
     assert bytes(picture.value).startswith(b"\x89PNG") and str(particles.ids[5]) in text.value

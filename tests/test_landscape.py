@@ -7,8 +7,17 @@ import starfile
 import torch
 
 from cryochains.dynamics import Dynamics
-from cryochains.landscape import atom_uncertainty, particle_columns, point_density, save_selection
+from cryochains.inference import posterior_covariance, refine
+from cryochains.landscape import (
+    atom_uncertainty,
+    average_covariance,
+    component_errors,
+    particle_columns,
+    point_density,
+    save_selection,
+)
 from cryochains.latent import compute_pca
+from cryochains.model import CryoChains
 from cryochains.modes import compute_modes
 from cryochains.particles import load_particles
 from cryochains.simulation import simulate_particles
@@ -49,6 +58,27 @@ def test_uncertainty_of_a_particle_is_that_of_its_atoms(dynamics):
     for row, one in enumerate(std):
         atoms = atom_uncertainty(dynamics, torch.zeros(dynamics.n_latents), one.square().diag())
         assert column[row] == pytest.approx(np.sqrt(np.mean(atoms**2)), rel=1e-3)
+
+
+def test_error_bars_of_components(dynamics):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(dynamics.n_latents, dynamics.n_latents, generator=generator)
+    motions = compute_pca(dynamics, torch.randn(100, dynamics.n_latents, generator=generator))
+    errors = component_errors(motions, root @ root.T)
+    drawn = motions.transform(torch.randn(20_000, dynamics.n_latents, generator=generator) @ root.T)
+    np.testing.assert_allclose(errors, drawn.std(0), rtol=0.03)
+
+
+def test_average_covariance_is_exact_with_the_images(closed):
+    particles = simulate_particles(closed, 5, conformations=closed.coords[None], box_size=32, progress=False)
+    model = CryoChains.for_particles(closed, particles, modes=2, width=0.02)
+    found = refine(model, particles, blurs=(4.0, 0.0), progress=False)
+    exact = posterior_covariance(model, particles, found, np.arange(5)).mean(0)
+    torch.testing.assert_close(average_covariance(found, model, particles), exact.float())
+    # Without them the diagonal is the same but for what the last step changed.
+    alone = average_covariance(found)
+    assert (alone == alone.diagonal().diag()).all()
+    torch.testing.assert_close(alone.diagonal(), exact.diagonal().float(), rtol=0.2, atol=0.01)
 
 
 def test_columns_of_particles(closed, dynamics):
