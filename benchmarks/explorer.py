@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import cryochains as cc
-from cryochains import explorer
+from cryochains import widgets
 
 
 def ten_thousand_atoms() -> cc.Structure:
@@ -32,7 +32,7 @@ def memory() -> float:
 
 def main() -> None:
     # It opens in notebooks only: this is as good as one.
-    explorer.get_ipython = lambda: types.SimpleNamespace(kernel=None)
+    widgets.get_ipython = lambda: types.SimpleNamespace(kernel=None)
     structure = ten_thousand_atoms()
     dynamics = cc.Dynamics(structure, cc.compute_modes(structure, 20))
     p = dynamics.n_latents

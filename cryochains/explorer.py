@@ -4,14 +4,12 @@ Symbols: z → `place`, the latents of the conformation on screen, which every c
 """
 
 import base64
-import warnings
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from IPython import get_ipython
 from matplotlib.figure import Figure
 
 from . import landscape
@@ -21,12 +19,12 @@ from .files import atomic_path
 from .inference import posterior_covariance
 from .latent import compute_pca, save_ensemble
 from .model import CryoChains
-from .panels import PERCENTILES, ChainSliders, ComponentSliders, Landscape, guard
+from .panels import PERCENTILES, ChainSliders, ComponentSliders, Landscape, refill
 from .particles import ParticleStack
 from .plots import plot_explorer, plot_particles
 from .population import Refinement
 from .screws import change_sentence, describe_change, motion_sentence
-from .widgets import Molecule, color_bar, ipywidgets
+from .widgets import Molecule, color_bar, figure_instead, guard, ipywidgets
 
 CHAIN, DISPLACEMENT, UNCERTAINTY = "chain", "displacement from the reference (Å)", "uncertainty (Å)"
 # Files of "Save", by what they are called on the buttons.
@@ -39,8 +37,8 @@ class Explorer(ipywidgets.VBox):
     """Latent space and molecule side by side; made by `explore`.
 
     What the mouse does has names too: `set_component`, `show_particle`, `show_group`, `reset`, `save`,
-    `save_selection`. ``motions`` and ``place`` (p,), latents, are those on screen, ``rows`` the selected particles' positions
-    in the stack.
+    `save_selection`. ``motions`` and ``place`` (p,), latents, are those on screen, ``rows`` the selected particles'
+    positions in the stack.
     """
 
     def __init__(self, dynamics, latents, columns, n_components, model=None, particles=None, found=None):
@@ -60,12 +58,11 @@ class Explorer(ipywidgets.VBox):
         tabs.titles = ("Principal motions", "Chains", "Selection", "Save")
         super().__init__([ipywidgets.HBox([self.landscape, self._build_molecule()]), self.said, tabs])
         self.landscape.analyse()
-        self.select(())
 
     def _build_molecule(self) -> ipywidgets.VBox:
-        # The camera looks along the direction in which particles move least.
-        ends = np.percentile(self.latents[:: -(-len(self.latents) // 2000)], (5, 95), axis=0)
-        low, high = self.every.decode(torch.from_numpy(ends).float()).numpy()
+        # The camera has the main motion lie along the screen.
+        main = compute_pca(self.dynamics, self.latents[:: -(-len(self.latents) // 2000)], n_components=1)
+        low, high = self.every.decode(main.traverse(0, 2)).numpy()
         self.molecule = Molecule(self.dynamics.structure, self.reference, high - low)
         paints = (CHAIN, DISPLACEMENT) if self.found is None else (CHAIN, DISPLACEMENT, UNCERTAINTY)
         self.paint = ipywidgets.Dropdown(options=paints, description="colour by", layout={"width": "58%"})
@@ -76,10 +73,10 @@ class Explorer(ipywidgets.VBox):
         paces = {"slow": 200, "normal": 66, "fast": 33}
         speed = ipywidgets.Dropdown(options=paces, value=66, layout={"width": "100px"})
         ipywidgets.link((speed, "value"), (self.play, "interval"))
-        structure = self.dynamics.structure
         self.paint.observe(guard(self.recolor, self.said), "value")
-        self.ghost.observe(guard(lambda: self.molecule.show_ghost(structure, self.ghost.value), self.said), "value")
+        self.ghost.observe(guard(lambda: self.molecule.show_ghost(self.ghost.value), self.said), "value")
         self.play.observe(guard(self._step, self.said), "value")
+        self.landscape.x.observe(guard(self.recolor, self.said), "value")
         home.on_click(guard(self.reset, self.said))
         rows = [ipywidgets.HBox([self.paint, self.ghost, home]), self.bar, ipywidgets.HBox([self.play, speed])]
         return ipywidgets.VBox([self.molecule, *rows], layout={"width": "56%"})
@@ -97,7 +94,10 @@ class Explorer(ipywidgets.VBox):
         self.motions = self.landscape.motions
         errors = None if self.average is None else landscape.component_errors(self.motions, self.average)
         self.components.show(self.motions, errors)
-        self.reset()
+        if len(self.rows):
+            self.select(self.rows)
+        else:
+            self.reset()
 
     def move(self, place: torch.Tensor) -> None:
         """Show the conformation at latents `place` (p,): atoms, colours and every slider follow."""
@@ -110,9 +110,12 @@ class Explorer(ipywidgets.VBox):
         self.said.value = f"RMSD to {escape(self.dynamics.structure.name)} {moved:.2f} Å (every atom)"
 
     def reset(self) -> None:
-        """Back to the mean of all particles."""
-        self.covariance = self.average
+        """Back to the mean of all particles, of which none is selected."""
+        self.rows, self.covariance = np.zeros(0, dtype=int), self.average
+        self.landscape.highlight(self.rows)
+        refill(self.selection, [ipywidgets.HTML("Nothing is selected: click a point, or draw around some.")])
         self.move(torch.from_numpy(self.motions.mean).float())
+        self.recolor()
 
     def set_component(self, component: int, deviations: float) -> None:
         """Move along a component (0 is PC1) to so many standard deviations from the mean; the rest stays.
@@ -136,38 +139,35 @@ class Explorer(ipywidgets.VBox):
 
     def select(self, rows) -> None:
         """What a click or a lasso does: one particle is shown as it is, of several the mean conformation."""
-        self.rows = np.asarray(rows, dtype=int).ravel()
-        if len(self.rows) == 1:
-            self.show_particle(int(self.rows[0]))
-        elif len(self.rows):
-            self.show_group(self.rows)
+        rows = np.asarray(rows, dtype=int).ravel()
+        if len(rows) == 1:
+            self.show_particle(int(rows[0]))
+        elif len(rows):
+            self.show_group(rows)
         else:
-            self.selection.children = [ipywidgets.HTML("Nothing is selected: click a point, or draw around some.")]
+            self.reset()
 
     def show_particle(self, row: int) -> None:
         """The conformation of particle number `row` of the stack, its error bar, its image and reconstruction."""
-        self.rows = self._check_rows([row])
-        self.covariance = self._uncertain()
-        self.move(self.latents[row])
+        self._choose([row])
         name = f"row {row}" if self.particles is None else f"{self.particles.ids[row]} (row {row})"
         lines = [f"<b>Particle {escape(name)}</b>"]
         if self.covariance is not None:
             error = np.sqrt(np.mean(landscape.atom_uncertainty(self.dynamics, self.place, self.covariance) ** 2))
             lines.append(f"error bar {error:.2f} Å (RMS over the atoms)")
-        lines += [f"{column} {self.columns[column].iloc[row]:.2f}" for column in self.columns]
+        shown = [column for column in self.columns if not column.startswith("rln")]
+        lines += [f"{column} {self.columns[column].iloc[row]:.4g}" for column in shown]
         lines.append(self._words())
         parts = [ipywidgets.HTML("<br>".join(lines))]
         if self.model is not None and self.particles is not None:
             figure = plot_particles(self.model, self.particles[[row]], self.latents[[row]])
             parts.insert(0, ipywidgets.Image(value=figure._repr_png_(), layout={"width": "600px"}))
-        self.selection.children = parts
+        refill(self.selection, parts)
 
     def show_group(self, rows) -> None:
         """The mean conformation of the particles at these positions of the stack."""
-        self.rows = self._check_rows(rows)
-        self.covariance = self._uncertain()
-        self.move(self.latents[self.rows].mean(0))
-        self.selection.children = [ipywidgets.HTML(f"<b>Mean of {len(self.rows):,} particles</b><br>{self._words()}")]
+        self._choose(rows)
+        refill(self.selection, [ipywidgets.HTML(f"<b>Mean of {len(self.rows):,} particles</b><br>{self._words()}")])
 
     def recolor(self) -> None:
         """Colours of the atoms as chosen, and their scale."""
@@ -193,7 +193,7 @@ class Explorer(ipywidgets.VBox):
         component = self.landscape.x.value
         if kind not in FILES.values():
             raise ValueError(f"expected one of {', '.join(FILES.values())}, got {kind!r}")
-        label = "".join(letter for letter in self.motions.label.replace(" ", "-") if letter not in ",|")
+        label = "".join(c for c in self.motions.label.replace(" ", "-") if c.isalnum() or c in "-_")
         path = Path(self.folder.value, f"pc{component + 1}-{label}.{kind}")
         if kind == "png":
             image = self.molecule.render_image(factor=2, trim=True)
@@ -216,8 +216,7 @@ class Explorer(ipywidgets.VBox):
 
     def static(self) -> Figure:
         """The picture of what is chosen, for a page without widgets."""
-        component = self.landscape.x.value
-        return plot_explorer(self.motions, component, motion_sentence(self.motions, component))
+        return _picture(self.motions, self.landscape.x.value)
 
     @torch.no_grad()
     def _words(self) -> str:
@@ -232,13 +231,18 @@ class Explorer(ipywidgets.VBox):
             part.write_bytes(content)
         self.said.value = f"Wrote {escape(str(path))}"
 
-    def _check_rows(self, rows) -> np.ndarray:
+    def _choose(self, rows) -> None:
+        """Select particles, mark their points, and show their mean."""
         rows, n = np.asarray(rows, dtype=int).ravel(), len(self.latents)
         if not len(rows):
             raise ValueError("expected at least one particle, got none; try drawing around some points")
         if rows.min() < 0 or rows.max() >= n:
             raise ValueError(f"expected particles from 0 to {n - 1}, got {rows.min()} to {rows.max()}")
-        return rows
+        self.rows = rows
+        self.landscape.highlight(rows)
+        self.covariance = self._uncertain()
+        self.move(self.latents[rows].mean(0))
+        self.recolor()
 
     def _uncertain(self) -> torch.Tensor | None:
         """(p, p) covariance of the selected particle, exact with its image; of several, what their error bars say."""
@@ -271,9 +275,8 @@ class Explorer(ipywidgets.VBox):
         return f"Explorer({n:,} particles, {self.motions.label}, {k} components)"
 
 
-def in_notebook() -> bool:
-    """Whether this Python is the kernel of a notebook."""
-    return hasattr(get_ipython(), "kernel")
+def _picture(motions, component: int = 0) -> Figure:
+    return plot_explorer(motions, component, motion_sentence(motions, component))
 
 
 def explore(
@@ -295,7 +298,8 @@ def explore(
     particles : ParticleStack, optional
         The N particles, in the same order.
     columns : DataFrame, optional
-        N rows of numbers to colour the points by, beside their density, uncertainty and defocus.
+        N rows of numbers in the particles' order (the index is not read) to colour the points by, beside their density,
+        uncertainty, defocus and what their file says of them.
     n_components : int
         Principal components, a slider each.
 
@@ -313,6 +317,7 @@ def explore(
 
     Examples
     --------
+    >>> import warnings
     >>> from cryochains import load_structure
     >>> dynamics = Dynamics(load_structure("glua3-closed"))
     >>> with warnings.catch_warnings(action="ignore"):  # there is no notebook here
@@ -334,16 +339,11 @@ def explore(
             raise ValueError(
                 f"expected {len(latents):,} {name}, one a row of latents, got {len(table):,}; try the same selection"
             )
-    if not in_notebook():
-        motions = compute_pca(dynamics, latents, n_components=n_components)
-        warnings.warn(
-            "expected a notebook, which shows widgets, found none: this is the static figure, which .savefig writes; "
-            "try make lab",
-            stacklevel=2,
-        )
-        return plot_explorer(motions, 0, motion_sentence(motions, 0))
-    known = landscape.particle_columns(dynamics, None if found is None else found.std, particles)
-    columns = known if columns is None else pd.concat([known, columns.reset_index(drop=True)], axis=1)
+    if None not in (found, particles) and not np.array_equal(found.ids, particles.ids):
+        raise ValueError("expected the particles that were refined, in their order, got others; try the same stack")
+    table = landscape.particle_columns(dynamics, None if found is None else found.std, particles, columns)
+    if figure := figure_instead(lambda: _picture(compute_pca(dynamics, latents, n_components=n_components))):
+        return figure
     # Sliders decode on the CPU: one conformation is not worth a GPU's while.
     dynamics = Dynamics(dynamics.structure, dynamics.modes, dynamics.rotation, dynamics.translation)
-    return Explorer(dynamics, latents.detach().cpu().float(), columns, n_components, model, particles, found)
+    return Explorer(dynamics, latents.detach().cpu().float(), table, n_components, model, particles, found)

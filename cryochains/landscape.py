@@ -3,6 +3,7 @@
 Symbols: z → `latents`; C, the posterior covariance of z; D = ∂X/∂z, so that an atom's error bar is √tr(D C Dᵀ).
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,10 @@ def point_density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def particle_columns(
-    dynamics: Dynamics, std: Tensor | None = None, particles: ParticleStack | None = None
+    dynamics: Dynamics,
+    std: Tensor | None = None,
+    particles: ParticleStack | None = None,
+    others: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """What is known of each particle besides its latents, in numbers to colour them by, where there are such.
 
@@ -50,6 +54,13 @@ def particle_columns(
         Posterior standard deviations: gives "uncertainty (Å)", RMS over the atoms.
     particles : ParticleStack, optional
         With a CTF: gives "defocus (µm)"; from a file: its columns, such as rlnRandomSubset, unless all are equal.
+    others : DataFrame, optional
+        More columns of numbers, in the particles' order.
+
+    Raises
+    ------
+    ValueError
+        For a column that is not of numbers.
 
     Examples
     --------
@@ -65,11 +76,15 @@ def particle_columns(
         # Latents of one chain move its atoms nearly at right angles, so that their squares add up.
         reference = dynamics.reference.new_zeros(1, dynamics.n_latents)
         squares = dynamics.gram(reference)[0].diagonal().cpu() / len(dynamics.reference)
-        columns["uncertainty (Å)"] = (std.square() @ squares).sqrt().numpy()
+        columns["uncertainty (Å)"] = (std.cpu().to(squares).square() @ squares).sqrt().numpy()
     if particles is not None and particles.ctf is not None:
         columns["defocus (µm)"] = ((particles.ctf.defocus_u + particles.ctf.defocus_v) / 2e4).numpy()
     if particles is not None:
         columns |= {name: column for name, column in particles.columns.items() if column.nunique() > 1}
+    for name, column in () if others is None else others.items():
+        if not pd.api.types.is_numeric_dtype(column):
+            raise ValueError(f"expected columns of numbers, got {name!r} of {column.dtype}; try pandas.factorize")
+        columns[str(name)] = column.to_numpy(dtype=np.float64)
     return pd.DataFrame(columns)
 
 
@@ -86,11 +101,12 @@ def atom_uncertainty(dynamics: Dynamics, latents: Tensor, covariance: Tensor) ->
     True
     """
     parts = []
-    for chain, layout in enumerate(dynamics.chains):
-        tangents = dynamics.tangents(latents[None].to(dynamics.reference), chain)[0]
-        of_chain = covariance[layout.latents, layout.latents].to(tangents)
-        spread = (of_chain @ tangents.flatten(1)).view_as(tangents)
-        parts.append((spread * tangents).sum((0, 2)).clamp_min(0).sqrt())
+    with one_thread():
+        for chain, layout in enumerate(dynamics.chains):
+            tangents = dynamics.tangents(latents[None].to(dynamics.reference), chain)[0]
+            of_chain = covariance[layout.latents, layout.latents].to(tangents)
+            spread = (of_chain @ tangents.flatten(1)).view_as(tangents)
+            parts.append((spread * tangents).sum((0, 2)).clamp_min(0).sqrt())
     return torch.cat(parts).cpu().numpy()
 
 
@@ -128,8 +144,6 @@ def component_errors(motions: PrincipalMotions, covariance: Tensor) -> np.ndarra
 def decode_one(dynamics: Dynamics, latents: Tensor) -> np.ndarray:
     """(n_atoms, 3) coordinates in Å of one conformation (p,), at once.
 
-    On one thread: where the machine has other work too, threads wait ten times longer for each other than this takes.
-
     Examples
     --------
     >>> from cryochains import load_structure
@@ -137,10 +151,17 @@ def decode_one(dynamics: Dynamics, latents: Tensor) -> np.ndarray:
     >>> decode_one(dynamics, torch.zeros(12)).shape
     (739, 3)
     """
+    with one_thread():
+        return dynamics.decode(latents[None])[0].numpy()
+
+
+@contextmanager
+def one_thread():
+    """For what is over at once: on a busy machine, threads wait ten times longer for each other than that takes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return dynamics.decode(latents[None])[0].numpy()
+        yield
     finally:
         torch.set_num_threads(threads)
 

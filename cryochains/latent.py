@@ -129,6 +129,11 @@ def compute_pca(
     latents = torch.as_tensor(latents)
     if latents.ndim != 2 or latents.shape[1] != dynamics.n_latents:
         raise ValueError(f"expected latents (N, {dynamics.n_latents}), got {tuple(latents.shape)}")
+    if n_components < 1:
+        raise ValueError(f"expected one component or more, got {n_components}; try 5")
+    if not torch.isfinite(latents).all():
+        bad = int((~torch.isfinite(latents)).any(1).sum())
+        raise ValueError(f"expected finite latents, got NaN or Inf in {bad:,} of {len(latents):,} particles")
     wanted = np.isin(dynamics.latent_kind, KIND_GROUPS[kind])
     if chain is not None:
         wanted &= dynamics.latent_chain == ids.index(chain)

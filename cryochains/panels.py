@@ -15,6 +15,7 @@ from .dynamics import Dynamics
 from .landscape import point_density
 from .latent import KIND_GROUPS, PrincipalMotions, compute_pca, latent_names
 from .screws import motion_sentence
+from .widgets import guard
 
 try:
     import ipywidgets
@@ -31,22 +32,21 @@ PERCENTILES = (1, 99)
 SLIDER = {"width": "400px", "flex": "0 0 auto"}
 
 
-def guard(act: Callable, said: ipywidgets.HTML) -> Callable:
-    """An observer that does `act`, and writes what went wrong into `said`: widgets swallow errors."""
-
-    def handle(*_):
-        try:
-            act()
-        except Exception as error:
-            said.value = f"<span style='color: #D55E00'>{escape(f'{type(error).__name__}: {error}')}</span>"
-
-    return handle
-
-
 def stand(slider: ipywidgets.FloatSlider, value: float) -> None:
     """Bring a slider to a value; one that a hand is dragging is there already, and would jump back at an answer."""
     if abs(slider.value - value) > slider.step / 2:
         slider.value = value
+
+
+def refill(box: ipywidgets.Box, children: list) -> None:
+    """New children; the old ones are closed with all that is in them, or the kernel would keep them for good."""
+    old = [widget for widget in box.children if widget not in children]
+    box.children = children
+    while old:
+        old += getattr(old[0], "children", ())
+        for part in ("layout", "style"):
+            old += [getattr(old[0], part)] if part in old[0].trait_names() else []
+        old.pop(0).close()
 
 
 class Landscape(ipywidgets.VBox):
@@ -96,19 +96,24 @@ class Landscape(ipywidgets.VBox):
         x, y = self.motions.scores[:, axes].T
         values = point_density(x, y) if by == "density" else self.columns[by].to_numpy()
         scatter = jscatter.Scatter(
-            data=pd.DataFrame({"x": x, "y": y, by: values}, dtype=np.float32), x="x", y="y", color_by=by,
+            data=pd.DataFrame({" x": x, " y": y, by: values}, dtype=np.float32), x=" x", y=" y", color_by=by,
             color_map="viridis", axes_labels=[f"PC{k + 1} (Å)" for k in axes], legend=True, height=330,
             selection=self.rows, size=int(np.clip(120 / len(x) ** 0.5, 1, 8)),
         )  # fmt: skip
-        self.scatter, before = scatter.widget, self.frame.children
+        self.scatter = scatter.widget
         self.scatter.observe(guard(self._selected, self.said), "selection")
-        self.frame.children = [scatter.show(["pan_zoom", "lasso", "reset"])]
-        for widget in before:
-            widget.close()
+        refill(self.frame, [scatter.show(["pan_zoom", "lasso", "reset"])])
+
+    def highlight(self, rows: np.ndarray) -> None:
+        """Mark the particles at `rows`, as if they had been clicked."""
+        self.rows = rows
+        if not np.array_equal(self.scatter.selection, rows):
+            self.scatter.selection = rows
 
     def _selected(self) -> None:
-        self.rows = np.asarray(self.scatter.selection, dtype=int).ravel()
-        self.on_select(self.rows)
+        rows = np.asarray(self.scatter.selection, dtype=int).ravel()
+        if not np.array_equal(rows, self.rows):
+            self.on_select(rows)
 
 
 class ComponentSliders(ipywidgets.VBox):
@@ -136,8 +141,9 @@ class ComponentSliders(ipywidgets.VBox):
             known = f"spread {self.spread[k]:.2f} Å" + ("" if errors is None else f", error bar {errors[k]:.2f} Å")
             if errors is not None and self.spread[k] < 2 * errors[k]:
                 known += ": hardly told from noise"
-            rows.append(ipywidgets.HBox([slider, ipywidgets.HTML(f"<b>{known}</b><br>{escape(words)}")]))
-        self.children = rows
+            text = f"<b>{known}</b>. From the 5th to the 95th percentile {escape(words)}"
+            rows.append(ipywidgets.HBox([slider, ipywidgets.HTML(text)]))
+        refill(self, rows)
 
     def follow(self, place: torch.Tensor) -> None:
         """Stand where the conformation at `place` (p,) is."""
@@ -155,11 +161,13 @@ class ComponentSliders(ipywidgets.VBox):
 
 
 class ChainSliders(ipywidgets.VBox):
-    """Turns, shifts and one mode of a chain, in the units people read; `on_move(latent, value)` in latent units."""
+    """Turns (°), shifts (Å) and one mode (Å, RMS) of a chain; `on_move(latent, value)` in latent units."""
 
     def __init__(self, dynamics: Dynamics, latents: torch.Tensor, said: ipywidgets.HTML, on_move: Callable):
         self.dynamics, self.said, self.on_move, self.quiet = dynamics, said, on_move, False
-        self.names, self.units = latent_names(dynamics)
+        self.names, units = latent_names(dynamics)
+        # The α of Eq. 1 is summed over residues: people think in Å a residue, which is a latent's own unit.
+        self.units = np.where(dynamics.latent_kind == "mode", 1.0, units)
         # About as far as the particles go, and somewhere where they do not move.
         sample = latents[:: -(-len(latents) // 2000)].abs().numpy() * self.units
         self.reach = np.maximum(np.percentile(sample, PERCENTILES[1], axis=0), 1.0)
@@ -176,7 +184,7 @@ class ChainSliders(ipywidgets.VBox):
         self.mode = ipywidgets.Dropdown(options=modes, description="bend along")
         self.mode.observe(guard(lambda: self.follow(self.place), self.said), "value")
         rigid = range(layout.mode.stop, layout.translation.stop)
-        names = [self.names[index].partition(" ")[2] for index in rigid] + ["by (Å)"] * bool(modes)
+        names = [self.names[index].removeprefix(f"{self.chain.value} ") for index in rigid] + ["by (Å)"] * bool(modes)
         self.sliders = [
             ipywidgets.FloatSlider(0.0, step=0.1, readout_format="+.1f", description=name, layout=SLIDER)
             for name in names
@@ -187,7 +195,9 @@ class ChainSliders(ipywidgets.VBox):
             act = partial(lambda slider, latent: self._moved(slider, latent()), slider, latent)
             slider.observe(guard(act, self.said), "value")
         rows = [ipywidgets.HBox(self.sliders[start : start + 2]) for start in range(0, len(rigid), 2)]
-        self.children = [self.chain, *rows, *[ipywidgets.HBox([self.mode, self.sliders[-1]])] * bool(modes)]
+        if modes:
+            rows.append(ipywidgets.HBox([self.mode, self.sliders[-1]]))
+        refill(self, [self.chain, *rows])
         self.follow(self.place)
 
     def follow(self, place: torch.Tensor) -> None:

@@ -154,7 +154,10 @@ class ParticleStack:
         """n rows of the numbers that the .star file holds, such as rlnRandomSubset; no columns without a file."""
         if self._source is None:
             return pd.DataFrame(index=range(len(self)))
-        table = self._source[0].particles.iloc[self.rows].apply(pd.to_numeric, errors="coerce")
+        table = self._source[0].particles
+        # Names are left out unread: there may be a million.
+        numbers = pd.to_numeric(table.iloc[0], errors="coerce").notna()
+        table = table.loc[:, numbers].iloc[self.rows].apply(pd.to_numeric, errors="coerce")
         return table.dropna(axis=1).reset_index(drop=True)
 
     def __getitem__(self, rows) -> "ParticleStack":

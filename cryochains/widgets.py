@@ -4,6 +4,8 @@ Only coordinates, and colours when they are asked for, travel to the browser whe
 """
 
 import json
+import warnings
+from collections.abc import Callable
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -12,13 +14,15 @@ from string import ascii_letters, digits
 import numpy as np
 import prody
 import torch
+from IPython import get_ipython
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from scipy.spatial.transform import Rotation
 
 from .dynamics import Dynamics
 from .modes import Modes, find_chain
-from .plots import COLORS, facing
+from .plots import COLORS, facing, plot_modes, plot_structure
 from .structure import Structure
 
 try:
@@ -40,14 +44,17 @@ SWING = 24
 
 def pdb_text(structure: Structure, coords: np.ndarray) -> tuple[str, list[str]]:
     """PDB text of every atom at `coords` (n_all, 3), each body as a chain of its own, and the letter of each."""
-    letters = list(structure.chain_ids)
-    if any(len(name) != 1 for name in letters):
-        letters = [(ascii_letters + digits)[body % 62] for body in range(structure.n_chains)]
+    letters, body_of = list(structure.chain_ids), structure.atom_chain
     atoms = structure.atoms.copy()
+    if structure.n_chains == 1:
+        # An assembly that moves as one body still has its chains.
+        letters, body_of = np.unique(atoms.getChids(), return_inverse=True)
+    if any(len(name) != 1 for name in letters):
+        letters = (ascii_letters + digits)[: len(letters)]
     atoms.setCoords(coords)
-    atoms.setChids(np.array(letters)[structure.atom_chain])
+    atoms.setChids(np.array(list(letters))[body_of])
     prody.writePDBStream(stream := StringIO(), atoms)
-    return stream.getvalue(), letters
+    return stream.getvalue(), list(letters)
 
 
 def color_bar(title: str, top: float) -> str:
@@ -55,6 +62,30 @@ def color_bar(title: str, top: float) -> str:
     colors = f"background: linear-gradient(to right, {', '.join(SCALE)})"
     bar = f"<div style='flex: 1; height: 12px; margin: 0 6px; {colors}'></div>"
     return f"<div style='display: flex; align-items: center'>{escape(title)}&nbsp; 0{bar}{top:.1f}</div>"
+
+
+def guard(act: Callable, said: ipywidgets.HTML) -> Callable:
+    """An observer that does `act`, and writes what went wrong into `said`: widgets swallow errors."""
+
+    def handle(*_):
+        try:
+            act()
+        except Exception as error:
+            said.value = f"<span style='color: #D55E00'>{escape(f'{type(error).__name__}: {error}')}</span>"
+
+    return handle
+
+
+def figure_instead(draw: Callable[[], Figure]) -> Figure | None:
+    """Where this Python is no notebook's kernel, a warning and the figure that `draw` gives; else None."""
+    if hasattr(get_ipython(), "kernel"):
+        return None
+    warnings.warn(
+        "expected a notebook, which shows widgets, found none: this is the static figure, which .savefig writes; "
+        "try make lab",
+        stacklevel=3,
+    )
+    return draw()
 
 
 def check_front_end() -> None:
@@ -78,7 +109,8 @@ class Molecule(nglview.NGLWidget):
     def __init__(self, structure: Structure, coords: np.ndarray, moved: np.ndarray | None = None):
         check_front_end()
         text, self.letters = pdb_text(structure, coords)
-        self.coords, self.values, self.centered = coords, None, False
+        self.structure = structure
+        self.coords, self.values, self.top, self.centered = coords, None, None, False
         super().__init__(nglview.TextStructure(text), default_representation=False)
         self._draw_chains()
         self.center()
@@ -94,8 +126,10 @@ class Molecule(nglview.NGLWidget):
         self._tell_browser()
 
     def color_chains(self) -> None:
-        """One colour a chain."""
-        self.values = None
+        """One colour a chain, as it is at first."""
+        if self.top is None:
+            return
+        self.values = self.top = None
         self.clear_representations()
         self._draw_chains()
 
@@ -106,15 +140,16 @@ class Molecule(nglview.NGLWidget):
 
     def color_values(self, top: float) -> None:
         """Colours from 0 to `top`, of the values that `move` sends from now on."""
-        self.clear_representations()
-        for kind, selection in (("cartoon", "polymer"), ("licorice", "not polymer")):
-            colors = {"color": "bfactor", "colorScale": SCALE, "colorDomain": [0, top]}
-            self.add_representation(kind, selection, **colors)
+        if self.top is None:
+            self.clear_representations()
+            for kind, selection in (("cartoon", "polymer"), ("licorice", "not polymer")):
+                self.add_representation(kind, selection, color="bfactor", colorScale=SCALE, colorDomain=[0, top])
+        self.top = top
 
-    def show_ghost(self, structure: Structure, shown: bool) -> None:
+    def show_ghost(self, shown: bool) -> None:
         """The reference, pale, behind the molecule."""
         if shown and len(self._ngl_component_ids) == 1:
-            text, _ = pdb_text(structure, structure.atoms.getCoords())
+            text, _ = pdb_text(self.structure, self.structure.atoms.getCoords())
             self.add_component(nglview.TextStructure(text), default_representation=False)
             self.add_representation("cartoon", "polymer", component=1, color="#999999", opacity=0.3)
         elif len(self._ngl_component_ids) > 1:
@@ -132,10 +167,11 @@ class Molecule(nglview.NGLWidget):
         self.set_coordinates({0: self.coords})
         if self.values is not None:
             # NGL has no message for values on atoms; its own B-factors are where its colours look.
-            values = json.dumps(np.round(self.values, 2).tolist())
+            values = json.dumps(np.round(self.values.astype(np.float64), 2).tolist())
             code = (
-                "var c = this.stage.compList[0]; if (c) { "
-                f"c.structure.atomStore.bfactor.set({values}); c.updateRepresentations({{color: true}}) }}"
+                f"var c = this.stage.compList[0]; if (c) {{ c.structure.atomStore.bfactor.set({values}); "
+                f"c.reprList.forEach(r => r.setParameters({{colorDomain: [0, {self.top:.2f}]}})); "
+                "c.updateRepresentations({color: true}) }"
             )
             # Not kept: what a view opened anew needs is sent when it asks.
             self._remote_call("executeCode", target="Widget", args=[code], fire_once=True)
@@ -144,16 +180,18 @@ class Molecule(nglview.NGLWidget):
         return f"Molecule({len(self.coords):,} atoms, chains {', '.join(self.letters)})"
 
 
-def view_structure(structure: Structure) -> Molecule:
-    """The structure in NGLView, one colour a chain; `plots.plot_structure` is the picture of it.
+def view_structure(structure: Structure) -> Molecule | Figure:
+    """The structure in NGLView, one colour a chain; outside a notebook a warning and `plots.plot_structure`.
 
     Examples
     --------
     >>> from cryochains import load_structure
-    >>> view_structure(load_structure("glua3-closed"))
-    Molecule(5,995 atoms, chains A, B)
+    >>> with warnings.catch_warnings(action="ignore"):  # there is no notebook here
+    ...     view_structure(load_structure("glua3-closed"))
+    <Figure size ...>
     """
-    return Molecule(structure, structure.atoms.getCoords())
+    instead = figure_instead(lambda: plot_structure(structure))
+    return instead or Molecule(structure, structure.atoms.getCoords())
 
 
 class ModeViewer(ipywidgets.VBox):
@@ -170,9 +208,9 @@ class ModeViewer(ipywidgets.VBox):
             description=f"chain {structure.chain_ids[chain]}",
         )  # fmt: skip
         self.play = ipywidgets.Play(min=0, max=SWING - 1, interval=80, repeat=True)
-        self.mode.observe(lambda _: self.draw(), "value")
-        self.play.observe(lambda _: self.molecule.move(self.frames[self.play.value]), "value")
-        self.status = ipywidgets.Label()
+        self.status = ipywidgets.HTML()
+        self.mode.observe(guard(self.draw, self.status), "value")
+        self.play.observe(guard(lambda: self.molecule.move(self.frames[self.play.value]), self.status), "value")
         super().__init__([self.molecule, ipywidgets.HBox([self.mode, self.play, self.status])])
         self.arrows = None
         self.draw()
@@ -186,23 +224,20 @@ class ModeViewer(ipywidgets.VBox):
         return self.every.decode(latents).numpy()
 
     def draw(self) -> None:
-        """Arrows and frames of the mode that is chosen; an error is written where it is seen."""
-        try:
-            number, structure = self.mode.value, self.dynamics.structure
-            self.frames = self.swing(number)
-            start = structure.node_coords[structure.node_chain == self.chain]
-            vector = self.dynamics.modes.vectors[self.chain][number]
-            color = [int(COLORS[self.chain % len(COLORS)][i : i + 2], 16) / 510 for i in (1, 3, 5)]
-            # Three times as long as the swing, or nobody would see them.
-            ends = start + 3 * self.amplitude * np.sqrt(len(start)) * vector
-            shapes = [("arrow", a.tolist(), b.tolist(), color, 0.35) for a, b in zip(start, ends, strict=True)]
-            if self.arrows is not None:
-                self.molecule.remove_component(self.arrows)
-            self.arrows = self.molecule._add_shape(shapes, name="mode")
-            softness = self.dynamics.modes.eigenvalues[self.chain]
-            self.status.value = f"{np.sqrt(softness[number] / softness[0]):.1f} × the frequency of mode 1"
-        except Exception as error:
-            self.status.value = f"This mode could not be shown: {type(error).__name__}: {error}"
+        """Arrows and frames of the mode that is chosen."""
+        number, structure = self.mode.value, self.dynamics.structure
+        self.frames = self.swing(number)
+        start = structure.node_coords[structure.node_chain == self.chain]
+        vector = self.dynamics.modes.vectors[self.chain][number]
+        color = [int(COLORS[self.chain % len(COLORS)][i : i + 2], 16) / 510 for i in (1, 3, 5)]
+        # Three times as long as the swing, or nobody would see them.
+        ends = start + 3 * self.amplitude * np.sqrt(len(start)) * vector
+        shapes = [("arrow", a.tolist(), b.tolist(), color, 0.35) for a, b in zip(start, ends, strict=True)]
+        if self.arrows is not None:
+            self.molecule.remove_component(self.arrows)
+        self.arrows = self.molecule._add_shape(shapes, name="mode")
+        softness = self.dynamics.modes.eigenvalues[self.chain]
+        self.status.value = f"{np.sqrt(softness[number] / softness[0]):.1f} × the frequency of mode 1"
 
     def __repr__(self) -> str:
         chain = self.dynamics.structure.chain_ids[self.chain]
@@ -211,10 +246,10 @@ class ModeViewer(ipywidgets.VBox):
 
 def view_modes(
     structure: Structure, modes: Modes, chain: str | None = None, mode: int = 0, amplitude: float = 2.0
-) -> ModeViewer:
+) -> ModeViewer | Figure:
     """A chain's modes as arrows on the structure, and swinging by ± `amplitude` Å (RMS of the chain).
 
-    By default the softest of the first chain; `plots.plot_modes` is the picture of it.
+    By default the softest of the first chain. Outside a notebook a warning and `plots.plot_modes`.
 
     Raises
     ------
@@ -225,7 +260,10 @@ def view_modes(
     --------
     >>> from cryochains import compute_modes, load_structure
     >>> closed = load_structure("glua3-closed")
-    >>> view_modes(closed, compute_modes(closed, 5), chain="B")
-    ModeViewer(chain B: 5 modes, ±2 Å)
+    >>> with warnings.catch_warnings(action="ignore"):  # there is no notebook here
+    ...     view_modes(closed, compute_modes(closed, 5), chain="B")
+    <Figure size ...>
     """
-    return ModeViewer(structure, modes, find_chain(structure, modes, chain, mode), mode, amplitude)
+    number = find_chain(structure, modes, chain, mode)
+    instead = figure_instead(lambda: plot_modes(structure, modes, structure.chain_ids[number], mode))
+    return instead or ModeViewer(structure, modes, number, mode, amplitude)

@@ -190,34 +190,51 @@ def test_slider_moves_the_molecule_and_back(page, explorer):
     assert changed(picture(page, "3-back"), start) < 0.002
 
 
-def test_click_shows_a_particle_and_lasso_a_mean(page, explorer):
-    explorer.get_by_role("tab", name="Selection").click()
+def on_points(explorer):
+    """A function from shares of the scatter's width and height to places on the page."""
     box = explorer.locator("canvas").first.bounding_box()
+    return lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
+def test_click_shows_a_particle(page, explorer):
+    explorer.get_by_role("tab", name="Selection").click()
+    at = on_points(explorer)
     # Somewhere in the middle there is a particle.
     for x, y in np.stack(np.meshgrid(np.linspace(0.25, 0.75, 11), np.linspace(0.3, 0.7, 9)), -1).reshape(-1, 2):
         page.mouse.click(*at(x, y))
         page.wait_for_timeout(300)
-        if explorer.get_by_text("error bar").count():
+        if explorer.get_by_text("Particle 0").count():
             break
-    explorer.get_by_text("error bar").wait_for()
-    assert "Particle 0" in explorer.inner_text() and "uncertainty (Å)" in explorer.inner_text()
+    explorer.get_by_text("Particle 0").wait_for()
+    assert "error bar" in explorer.inner_text() and "uncertainty (Å)" in explorer.inner_text()
     image = explorer.locator("img.widget-image")
     assert image.evaluate("image => image.naturalWidth") > 300, "no image of the particle"
     picture(page, "4-particle")
 
+
+def test_lasso_shows_the_mean_of_those_inside(page, explorer):
+    """Those on the right have a mean on the right, as the slider of PC1 says, and those at the top one at the top."""
+
+    def surround(left: float, top: float, right: float, bottom: float) -> list[float]:
+        explorer.get_by_role("tab", name="Selection").click()
+        at = on_points(explorer)
+        before = explorer.inner_text()
+        page.mouse.move(*at(left, top))
+        page.mouse.down()
+        for corner in ((right, top), (right, bottom), (left, bottom), (left, top + 0.02)):
+            page.mouse.move(*at(*corner), steps=20)
+        page.mouse.up()
+        explorer.get_by_text("Mean of ").wait_for()
+        page.wait_for_function("([e, text]) => e.innerText != text", arg=[explorer.element_handle(), before])
+        assert int(explorer.get_by_text("Mean of ").inner_text().split()[2]) > 5
+        explorer.get_by_role("tab", name="Principal motions").click()
+        readouts = explorer.locator(".widget-readout:visible").all_inner_texts()
+        return [float(text.replace("−", "-")) for text in readouts[:2]]
+
     explorer.locator("button[title*=asso]").first.click()
-    corners = [(0.2, 0.15), (0.8, 0.15), (0.8, 0.85), (0.2, 0.85), (0.2, 0.2)]
-    page.mouse.move(*at(*corners[0]))
-    page.mouse.down()
-    for corner in corners[1:]:
-        page.mouse.move(*at(*corner), steps=20)
-    page.mouse.up()
-    explorer.get_by_text("Mean of ").wait_for()
-    assert int(explorer.get_by_text("Mean of ").inner_text().split()[2]) > 5
+    assert surround(0.55, 0.02, 0.95, 0.98)[0] > 0.3
+    assert surround(0.05, 0.02, 0.45, 0.98)[0] < -0.3
+    assert surround(0.05, 0.02, 0.95, 0.48)[1] > 0.2
     picture(page, "5-group")
 
 

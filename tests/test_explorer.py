@@ -7,9 +7,11 @@ import base64
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import prody
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -32,7 +34,8 @@ N = 300
 def explorer():
     for name in LAB:
         pytest.importorskip(name, reason="the extras [lab] are not installed")
-    from cryochains import explorer
+    global widgets
+    from cryochains import explorer, widgets
 
     return explorer
 
@@ -40,7 +43,7 @@ def explorer():
 @pytest.fixture
 def notebook(explorer, monkeypatch):
     """As if this Python were a notebook's kernel."""
-    monkeypatch.setattr(explorer, "in_notebook", lambda: True)
+    monkeypatch.setattr(widgets, "get_ipython", lambda: SimpleNamespace(kernel=None))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,8 @@ def test_sliders_of_a_chain_are_in_physical_units(shown, dynamics):
     shown.chains.sliders[bend].value = shown.chains.sliders[bend].max
     table = latent_table(dynamics, shown.place[None]).iloc[0]
     assert table["B turn y (°)"] == pytest.approx(7.0) and table["B shift x (Å)"] == pytest.approx(-1.2, abs=1e-5)
-    assert table["B mode 3 (Å)"] == pytest.approx(shown.chains.sliders[bend].max, rel=1e-5)
+    rms = table["B mode 3 (Å)"] / np.sqrt((dynamics.structure.node_chain == 1).sum())
+    assert rms == pytest.approx(shown.chains.sliders[bend].max, rel=1e-5), "Å a residue, not their sum"
     assert table["A turn y (°)"] == pytest.approx(float(shown.motions.mean[4]) * shown.chains.units[4], abs=1e-4)
     np.testing.assert_allclose(sent(shown), decoded(shown, shown.place), atol=1e-3)
 
@@ -200,18 +204,111 @@ def test_particle_has_its_image_and_exact_error_bar(notebook, explorer, refined)
 def test_files_of_the_motion(shown, tmp_path):
     shown.folder.value = str(tmp_path)
     shown.landscape.chain.value = "B"
-    for kind in ("pdb", "dcd", "cxc", "gif"):
-        path = shown.save(kind)
-        assert path.parent == tmp_path and path.stat().st_size > 100 and path.name in shown.said.value
-    assert path.name == "pc1-chain-B-α-and-Rt.gif"
+    shown.landscape.x.value = 2
+    buttons = {part.description: part for part in descendants(shown) if isinstance(part, widgets.ipywidgets.Button)}
+    expected = shown.every.decode(shown.motions.traverse(2, 21)).numpy()
+    for name, kind in (("DCD", "dcd"), ("movie", "gif"), ("ChimeraX", "cxc"), ("PDB", "pdb")):
+        buttons[name].click()
+        (path,) = tmp_path.glob(f"pc3-chain-B-α-and-Rt.{kind}")
+        assert path.stat().st_size > 100 and path.name in shown.said.value
+    models = prody.parsePDB(str(path)).getCoordsets()
+    np.testing.assert_allclose(models, expected, atol=1e-3)
+    frames = prody.parseDCD(str(path.with_suffix(".dcd"))).getCoordsets()
+    np.testing.assert_allclose(frames, expected, atol=1e-3)
     shown.select([1, 2])
-    assert pd.read_csv(shown.save_selection())["row"].tolist() == [1, 2]
+    buttons["selection"].click()
+    assert pd.read_csv(tmp_path / "selection-1.csv")["row"].tolist() == [1, 2]
     # The browser answers with the picture later.
-    path = shown.save("png")
+    buttons["picture"].click()
     from nglview.widget import _TRACKED_WIDGETS
 
     list(_TRACKED_WIDGETS.values())[-1].value = b"\x89PNG the view"
-    assert path.read_bytes() == b"\x89PNG the view"
+    assert (tmp_path / "pc3-chain-B-α-and-Rt.png").read_bytes() == b"\x89PNG the view"
+
+
+def test_movie_is_of_the_component_on_the_x_axis(shown, tmp_path, explorer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(explorer, "save_movie", lambda path, motions, component: asked.append((motions, component)))
+    shown.landscape.x.value = 3
+    shown.save("gif")
+    assert asked == [(shown.motions, 3)]
+
+
+def test_selection_outlives_other_components_until_reset(shown, latents):
+    shown.show_particle(9)
+    assert shown.landscape.scatter.selection.tolist() == [9], "its point is marked"
+    shown.landscape.chain.value = "B"
+    shown.landscape.color.value = "subset"
+    assert shown.landscape.scatter.selection.tolist() == [9] and torch.equal(shown.place, latents[9])
+    with pytest.raises(ValueError, match="expected particles from 0"):
+        shown.select([N + 1])
+    assert shown.rows.tolist() == [9]
+    home = next(w for w in descendants(shown) if getattr(w, "description", "") == "reset")
+    home.click()
+    assert len(shown.rows) == 0 and len(shown.landscape.scatter.selection) == 0
+    assert "Nothing is selected" in shown.selection.children[0].value
+    np.testing.assert_allclose(shown.place, latents.mean(0), atol=1e-5)
+
+
+def descendants(widget) -> list:
+    return [widget, *(part for child in getattr(widget, "children", ()) for part in descendants(child))]
+
+
+def test_controls_are_connected(shown):
+    shown.ghost.value = True
+    assert len(shown.molecule._ngl_component_ids) == 2
+    speed = next(w for w in descendants(shown) if "slow" in getattr(w, "options", ()))
+    speed.value = 33
+    assert shown.play.interval == 33
+
+
+def test_scale_follows_what_is_shown(notebook, explorer, refined):
+    model, found, particles = refined
+    shown = cryochains.explore(model, found, particles)
+    shown.paint.value = explorer.UNCERTAINTY
+    tops = []
+    for row in (5, 2):
+        shown.select([row])
+        np.testing.assert_allclose(shown.molecule.top, shown.molecule.values.max(), rtol=1e-5)
+        tops.append(shown.molecule.top)
+    assert tops[0] != tops[1]
+    shown.select([1, 2, 3])
+    every = found.std[[1, 2, 3]].square().mean(0).diag()
+    expected = atom_uncertainty(model.dynamics, found.latents[[1, 2, 3]].mean(0), every)
+    np.testing.assert_allclose(shown.molecule.values[model.structure.rows], expected, rtol=1e-3)
+    shown.paint.value = explorer.DISPLACEMENT
+    shown.landscape.x.value = 1
+    ends = shown.every.decode(shown.motions.traverse(1, 2, (1, 99))).numpy()
+    assert shown.molecule.top >= np.linalg.norm(ends - shown.reference, axis=-1).max() - 1e-3
+
+
+def test_widgets_that_are_gone_are_closed(shown):
+    def count() -> int:
+        return len(widgets.ipywidgets.Widget.widgets)
+
+    shown.select([1])
+    values = ["B", "A"] * 3
+    sizes = []
+    for value in values:
+        shown.landscape.chain.value = shown.chains.chain.value = value
+        sizes.append(count())
+    assert sizes[-1] == sizes[1], sizes
+
+
+def test_models_of_all_kinds_open(notebook, closed, opened):
+    for structure, modes, rigid in (
+        (closed, None, True),
+        (closed, compute_modes(closed, (3, 0)), False),
+        (closed.as_one_body(), compute_modes(closed.as_one_body(), 4), False),
+    ):
+        dynamics = Dynamics(structure, modes, rotation=rigid, translation=rigid)
+        shown = cryochains.explore(dynamics, torch.randn(20, dynamics.n_latents))
+        for chain in structure.chain_ids:
+            shown.chains.chain.value = chain
+        assert complaint(shown).startswith("RMSD to")
+        assert {"#0072B2", "#D55E00"} <= {
+            m["kwargs"].get("color") for m in shown.molecule._ngl_msg_archive if m["methodName"] == "addRepresentation"
+        }, "chains have their colours, also where they move as one"
 
 
 def test_errors_are_seen_and_the_next_thing_works(shown, monkeypatch):
@@ -240,6 +337,14 @@ def test_bad_input_is_a_sentence(notebook, shown, refined, dynamics, latents, cl
         cryochains.explore(model, found, particles[:5])
     with pytest.raises(ValueError, match="expected 300 rows of columns, one a row of latents, got 2"):
         cryochains.explore(dynamics, latents, columns=pd.DataFrame({"a": [1, 2]}))
+    with pytest.raises(ValueError, match="expected the particles that were refined, in their order, got others"):
+        cryochains.explore(model, found, particles[::-1])
+    with pytest.raises(ValueError, match="expected columns of numbers, got 's' of"):
+        cryochains.explore(dynamics, latents, columns=pd.DataFrame({"s": ["a"] * N}))
+    with pytest.raises(ValueError, match="expected finite latents, got NaN or Inf in 300 of 300 particles"):
+        cryochains.explore(dynamics, latents * torch.nan)
+    with pytest.raises(ValueError, match="expected one component or more, got 0"):
+        cryochains.explore(dynamics, latents, n_components=0)
     with pytest.raises(ValueError, match="expected a component from 0 to 4, got 9"):
         shown.set_component(9, 1.0)
     with pytest.raises(ValueError, match="expected at least one particle, got none; try drawing"):
@@ -260,6 +365,17 @@ def test_page_without_widgets_has_the_picture(shown):
     assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert repr(shown) == "Explorer(300 particles, all chains, α and R|t, 5 components)"
+
+
+def test_gradients_doubles_and_numpy_are_fine(notebook, dynamics, latents):
+    for kind in (latents.clone().requires_grad_(), latents.double(), latents.numpy()):
+        columns = pd.DataFrame({"x": np.arange(N), "odd": np.arange(N) % 2 > 0})
+        shown = cryochains.explore(dynamics, kind, columns=columns)
+        shown.select([3])
+        np.testing.assert_allclose(sent(shown), decoded(shown, latents[3]), atol=1e-3)
+        shown.landscape.color.value = "x"
+        points = shown.landscape.scatter.points
+        assert np.corrcoef(points[:, 0], shown.motions.scores[:, 0])[0, 1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("missing", LAB)

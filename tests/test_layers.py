@@ -13,7 +13,7 @@ ONLY_IN = {
     "nglview": {"widgets"},
     "ipywidgets": {"widgets", "panels", "explorer"},
     "jscatter": {"panels"},
-    "IPython": {"explorer"},
+    "IPython": {"widgets"},
     "matplotlib": {"plots", "exports", "widgets", "explorer"},
     "torch_ctf": {"imaging"},
     "mrcfile": {"stacks", "relion"},

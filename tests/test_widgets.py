@@ -5,10 +5,12 @@ Needs no browser: what arrives there is looked at in test_browser.
 
 import json
 from io import StringIO
+from types import SimpleNamespace
 
 import numpy as np
 import prody
 import pytest
+from matplotlib.figure import Figure
 
 import cryochains
 from cryochains.modes import compute_modes
@@ -24,6 +26,12 @@ def widgets():
     from cryochains import widgets
 
     return widgets
+
+
+@pytest.fixture(autouse=True)
+def notebook(widgets, monkeypatch):
+    """As if this Python were a notebook's kernel."""
+    monkeypatch.setattr(widgets, "get_ipython", lambda: SimpleNamespace(kernel=None))
 
 
 @pytest.fixture
@@ -84,6 +92,7 @@ def test_values_on_atoms_are_sent_and_not_kept(molecule, closed, monkeypatch):
     name, settings = calls[-1]
     assert name == "executeCode" and molecule._ngl_msg_archive == archive
     code = settings["args"][0]
+    assert len(code) < 6 * len(values) + 300 and "colorDomain: [0, 5.00]" in code
     np.testing.assert_allclose(json.loads(code[code.index("set([") + 4 : code.index("])") + 1]), values, atol=0.006)
     molecule.color_chains()
     calls.clear()
@@ -92,13 +101,13 @@ def test_values_on_atoms_are_sent_and_not_kept(molecule, closed, monkeypatch):
 
 
 def test_reference_is_a_second_pale_molecule(molecule, closed):
-    molecule.show_ghost(closed, False)
+    molecule.show_ghost(False)
     assert len(molecule._ngl_component_ids) == 1
-    molecule.show_ghost(closed, True)
+    molecule.show_ghost(True)
     ghost = drawings(molecule)[-1]
     assert ghost["component_index"] == 1 and ghost["kwargs"]["opacity"] < 0.5
     for shown_now in (False, True):
-        molecule.show_ghost(closed, shown_now)
+        molecule.show_ghost(shown_now)
         last = molecule._ngl_msg_archive[-1]
         assert last["methodName"] == "setVisibility" and last["args"] == [shown_now]
     assert len(molecule._ngl_component_ids) == 2
@@ -135,6 +144,13 @@ def test_modes_that_do_not_exist(closed, opened, modes):
             cryochains.view_modes(*arguments)
 
 
+def test_outside_a_notebook_there_is_the_figure(widgets, closed, modes, monkeypatch):
+    monkeypatch.setattr(widgets, "get_ipython", lambda: None)
+    for show in (lambda: cryochains.view_structure(closed), lambda: cryochains.view_modes(closed, modes, "B", 1)):
+        with pytest.warns(UserWarning, match="expected a notebook, .* found none: this is the static figure"):
+            assert isinstance(show(), Figure)
+
+
 def test_errors_are_seen(closed, modes, monkeypatch):
     viewer = cryochains.view_modes(closed, modes)
 
@@ -144,6 +160,9 @@ def test_errors_are_seen(closed, modes, monkeypatch):
     monkeypatch.setattr(viewer.molecule, "_add_shape", refuse)
     viewer.mode.value = 1
     assert "RuntimeError: the kernel is busy" in viewer.status.value
+    viewer.frames = None
+    viewer.play.value = 3
+    assert "TypeError" in viewer.status.value
 
 
 @pytest.mark.parametrize("version", ["3.1.5", "4.0"])
