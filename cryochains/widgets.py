@@ -168,9 +168,11 @@ class Molecule(nglview.NGLWidget):
         if self.values is not None:
             # NGL has no message for values on atoms; its own B-factors are where its colours look.
             values = json.dumps(np.round(self.values.astype(np.float64), 2).tolist())
+            # A change of the scale is answered by a request, which is answered by this: only what differs is changed.
             code = (
                 f"var c = this.stage.compList[0]; if (c) {{ c.structure.atomStore.bfactor.set({values}); "
-                f"c.reprList.forEach(r => r.setParameters({{colorDomain: [0, {self.top:.2f}]}})); "
+                f"c.reprList.filter(r => r.getParameters().colorDomain[1] !== {self.top:.2f})"
+                f".forEach(r => r.setParameters({{colorDomain: [0, {self.top:.2f}]}})); "
                 "c.updateRepresentations({color: true}) }"
             )
             # Not kept: what a view opened anew needs is sent when it asks.

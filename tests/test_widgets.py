@@ -92,7 +92,7 @@ def test_values_on_atoms_are_sent_and_not_kept(molecule, closed, monkeypatch):
     name, settings = calls[-1]
     assert name == "executeCode" and molecule._ngl_msg_archive == archive
     code = settings["args"][0]
-    assert len(code) < 6 * len(values) + 300 and "colorDomain: [0, 5.00]" in code
+    assert len(code) < 6 * len(values) + 400 and "colorDomain: [0, 5.00]" in code
     np.testing.assert_allclose(json.loads(code[code.index("set([") + 4 : code.index("])") + 1]), values, atol=0.006)
     molecule.color_chains()
     calls.clear()
