@@ -39,6 +39,19 @@ def test_modes_have_the_paper_s_amplitudes(molecule):
         assert 0.9 * 5 * np.sqrt(3) < turns.max() < 1.02 * 5 * np.sqrt(3)
 
 
+def test_conformations_that_leave_the_box_are_drawn_anew(molecule):
+    dynamics, free = protocol.figure2_motion(molecule, 200, seed=0)
+
+    def furthest(latents):
+        return (dynamics.decode(latents) - torch.from_numpy(molecule.truth.origin).float()).norm(dim=-1).amax(1)
+
+    reach = float(furthest(free).median())
+    _, kept = protocol.figure2_motion(molecule, 200, seed=0, reach=reach)
+    assert furthest(kept).max() <= reach
+    inside = furthest(free) <= reach
+    assert torch.equal(kept[inside], free[inside]), "those that fit are the same"
+
+
 def test_every_model_gets_the_same_particles_and_none_of_the_test_s(molecule):
     first, second = (protocol.simulate(molecule, 2, 20, 32, 0.0, seed=2, progress=False) for _ in range(2))
     assert torch.equal(first.read_images(), second.read_images())
