@@ -172,7 +172,7 @@ class _Passes:
         self._widen()
         # Share of the atoms in each latent's chain: turns a step in z into RMS Å over the molecule.
         share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
-        self.share = torch.tensor(share[model.dynamics.latent_chain], dtype=torch.float32, device=device)
+        self.share = torch.from_numpy(share[model.dynamics.latent_chain]).float().to(device)
 
     def run(self, progress) -> tuple[Population, list]:
         history, n, blurs = self._resume(), len(self.particles), self.blurs
@@ -185,11 +185,8 @@ class _Passes:
                 history.append(self._pass(blur, same_blur, number >= len(blurs) - 1, bar))
                 bar.set_postfix(blur=f"{blur:g} Å", step=f"{history[-1]['step']:.2f} Å")
                 self._save(history)
-        population = Population(
-            self.mean.cpu(), self.covariance.cpu(), self.noise_std, float(self.model.contrast),
-            self.model.structure.content_hash,
-        )  # fmt: skip
-        return population, history
+        shared = self.noise_std, float(self.model.contrast), self.model.structure.content_hash
+        return Population(self.mean.cpu(), self.covariance.cpu(), *shared), history
 
     def _done(self, history: list) -> bool:
         extra = len(history) - len(self.blurs)
@@ -198,9 +195,8 @@ class _Passes:
     def _pass(self, blur: float, same_blur: bool, late: bool, bar) -> dict:
         """One look at every image: linearise, refuse steps that made things worse, EM, next step."""
         model, pixels = self.model, independent_pixels(self.model, blur)
-        residual = overlap = power = 0.0
-        refused = 0
-        residuals = torch.zeros_like(self.residual)
+        overlap = power = refused = 0
+        residuals, moved = torch.zeros_like(self.residual), torch.zeros_like(self.latents)
         precision = self.covariance.inverse()
         for batch in self.particles.batches(self.batch_size, device=model.device):
             rows = torch.as_tensor(batch.rows, device=model.device)
@@ -222,6 +218,7 @@ class _Passes:
                 hessian[worse], gradient[worse], rss[worse] = again.hessian, again.gradient, again.residual
                 refused += int(worse.sum())
             self.damping[rows] = torch.where(worse, (8 * self.damping[rows]).clamp_min(1.0), self.damping[rows] / 8)
+            moved[rows] = z - self.latents[rows]
             self.latents[rows], self.hessian[rows], residuals[rows] = z, hessian, rss
             self.right[rows] = gradient + (hessian @ z.unsqueeze(-1)).squeeze(-1)
             overlap += float(eq.overlap.double().sum())
@@ -242,6 +239,10 @@ class _Passes:
             if (after - before).abs().max() < EM_TOLERANCE:
                 break
         step = means - self.latents
+        if same_blur:
+            # A step that turns back on the last one is too long: the secant says by how much.
+            back = (step * moved).sum(1) / moved.square().sum(1).clamp_min(1e-9)
+            step /= (1 - back.clamp(max=0)).unsqueeze(1)
         # Gaussians overlap with where they were as long as they move by less than their width.
         length = (step.square() * self.share).sum(1).sqrt()
         step *= (float(np.hypot(model.imaging.sigma, blur)) / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
@@ -279,13 +280,11 @@ class _Passes:
             hessian = self.hessian[rows].double() / self.noise_std**2
             covariance = torch.cholesky_inverse(torch.linalg.cholesky(hessian + precision))
             right = self.right[rows].double() / self.noise_std**2 + precision @ self.mean
-            damped = self.damping[rows].double()
+            z, damped = (covariance @ right.unsqueeze(-1)).squeeze(-1), self.damping[rows].double()
             if damped.any():
-                ridge = damped[:, None, None] * torch.eye(p, device=right.device, dtype=right.dtype)
+                ridge = damped[:, None, None] * torch.eye(p).to(right)
                 right = right + damped[:, None] * self.latents[rows].double()
                 z = torch.linalg.solve(hessian + precision + ridge, right)
-            else:
-                z = (covariance @ right.unsqueeze(-1)).squeeze(-1)
             means[rows] = z.float()
             self.std[rows] = covariance.diagonal(dim1=1, dim2=2).sqrt().float()
             return covariance.sum(0), float((covariance * hessian).sum())

@@ -21,8 +21,8 @@ from .model import CryoChains
 BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**31}
 # Å, no atom is drawn wider for being uncertain: one that could become fog would, wherever the model does not fit.
 FOG = 4.0
-# Pixels of a blurred image, in widths of a blurred atom: at its Nyquist frequency 0.05 % of an atom is left.
-COARSE = 0.8
+# Pixels of a blurred image, in widths of a blurred atom: at its Nyquist frequency 10⁻⁵ of an atom is left.
+COARSE = 0.65
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """The paper's experiments (arXiv 2306.07274, section 3): molecules, particles and models, in one place.
 
 What the paper leaves open is decided here: d is drawn for every mode of every chain; a chain turns about x, then y,
-then z, each by an angle uniform in ± the paper's; images have neither CTF nor shifts.
+then z, each by an angle uniform in ± the paper's; conformations that leave the box are drawn anew; images have neither
+CTF nor shifts.
 """
 
 import os
@@ -93,18 +94,33 @@ def _molecule(name, title, truth, reference, angle, note) -> Molecule:
 MOLECULES = {"glua3": load_glua3, "gabab": load_gabab, "hsp90": load_hsp90}
 
 
-def figure2_motion(molecule: Molecule, n: int, seed: int) -> tuple[cc.Dynamics, torch.Tensor]:
-    """The motions of Figure 2: dynamics of the true structure and (n, p) latents."""
+def figure2_motion(molecule: Molecule, n: int, seed: int, reach: float = np.inf) -> tuple[cc.Dynamics, torch.Tensor]:
+    """The motions of Figure 2: dynamics of the true structure and (n, p) latents.
+
+    Conformations with an atom further than `reach` Å from the centre are drawn anew: half a box, which a loose end
+    of Hsp90 leaves in one of a thousand.
+    """
     rng = np.random.default_rng(seed)
     dynamics = cc.Dynamics(molecule.truth, cc.compute_modes(molecule.truth, N_MODES_TRUE), translation=False)
-    latents = np.zeros((n, dynamics.n_latents))
-    for layout in dynamics.chains:
-        which = rng.integers(0, 2, (n, N_MODES_TRUE))
-        d = np.array(D_MEANS)[which] + D_STD * rng.standard_normal((n, N_MODES_TRUE))
-        latents[:, layout.mode] = np.sqrt(molecule.truth.n_atoms / N_MODES_TRUE) * d
-        angles = rng.uniform(-molecule.angle, molecule.angle, (n, 3))
-        latents[:, layout.rotation] = Rotation.from_euler("xyz", angles, degrees=True).as_rotvec()
-    return dynamics, torch.from_numpy(latents / dynamics.scale).float()
+    centre = torch.from_numpy(molecule.truth.origin).float()
+
+    def draw(m: int) -> torch.Tensor:
+        latents = np.zeros((m, dynamics.n_latents))
+        for layout in dynamics.chains:
+            which = rng.integers(0, 2, (m, N_MODES_TRUE))
+            d = np.array(D_MEANS)[which] + D_STD * rng.standard_normal((m, N_MODES_TRUE))
+            latents[:, layout.mode] = np.sqrt(molecule.truth.n_atoms / N_MODES_TRUE) * d
+            angles = rng.uniform(-molecule.angle, molecule.angle, (m, 3))
+            latents[:, layout.rotation] = Rotation.from_euler("xyz", angles, degrees=True).as_rotvec()
+        return torch.from_numpy(latents / dynamics.scale).float()
+
+    def furthest(latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat([(dynamics.decode(z) - centre).norm(dim=-1).amax(1) for z in latents.split(100)])
+
+    latents = draw(n)
+    while (outside := furthest(latents) > reach).any():
+        latents[outside] = draw(int(outside.sum()))
+    return dynamics, latents
 
 
 def pixel_size(molecule: Molecule, box_size: int) -> float:
@@ -119,7 +135,8 @@ def simulate(
 ) -> cc.ParticleStack:
     """Particles of figure 2 (modes and turns about the truth) or 3 (the morph from the reference to the truth)."""
     if figure == 2:
-        dynamics, latents = figure2_motion(molecule, n, seed)
+        half = pixel_size(molecule, box_size) * box_size / 2
+        dynamics, latents = figure2_motion(molecule, n, seed, reach=half)
         motion = {"dynamics": dynamics, "latents": latents}
     else:
         motion = {"conformations": cc.morph(molecule.reference, molecule.truth, MORPH_FRAMES)}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from correct_reference import correct_reference
 from paper_protocol import MODELS, MOLECULES, build, choose, place_on_path, simulate
 
 import cryochains as cc
@@ -74,6 +75,8 @@ def run(name: str, snr_db: float, model_name: str, engine: str, args: argparse.N
     """One row of the table; None when it is there already."""
     scale = SCALES[args.scale]
     box_size = args.box_size or scale.box_size
+    if args.reference == "corrected" and engine != "map":
+        raise ValueError("expected engine map with a corrected reference, got encoder; try --engine map")
     n_population = args.n_population or scale.n_population
     key = {
         "figure": args.figure, "molecule": name, "reference": args.reference, "model": model_name, "engine": engine,
@@ -101,12 +104,18 @@ def run(name: str, snr_db: float, model_name: str, engine: str, args: argparse.N
         if n
     }
     test = stacks["test"]
-    start = molecule.reference if args.reference == "reference" else molecule.truth
+    start = molecule.truth if args.reference == "truth" else molecule.reference
     model = build(model_name, start, test, scale.width).to(device)
     stem = "-".join(str(value) for value in key.values())
     checkpoint = work / f"{stem}.safetensors"
     if engine == "map":
-        learned = cc.refine(model, stacks["train"], n_population=n_population, seed=args.seed, checkpoint=checkpoint)
+        train, settings = stacks["train"], {"n_population": n_population, "seed": args.seed}
+        if args.reference == "corrected":
+            first = checkpoint.with_stem(f"{stem}-first")
+            learned = cc.refine(model, train, checkpoint=first, **settings)
+            model = build(model_name, correct_reference(model, train, learned), test, scale.width).to(device)
+            first.unlink(missing_ok=True)
+        learned = cc.refine(model, train, checkpoint=checkpoint, **settings)
         latents = cc.refine(model, test, learned.population).latents
         basis = learned.latents
     else:
@@ -234,8 +243,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="all", help=f"{', '.join(MODELS)}, several with commas, or all")
     parser.add_argument("--engine", default="all", help=f"{', '.join(ENGINES)} or all")
     parser.add_argument("--scale", default="small", help=f"{', '.join(SCALES)}")
-    parser.add_argument("--reference", choices=("reference", "truth"), default="reference",
-                        help="what is fitted: the other state, as in the paper, or the true one")  # fmt: skip
+    parser.add_argument("--reference", choices=("reference", "truth", "corrected"), default="reference",
+                        help="what is fitted: the other state, as in the paper, the true one, or (MAP only) the other "
+                        "with what the training particles of a first refinement say of its shape")  # fmt: skip
     parser.add_argument("--box-size", type=int, help="pixels a side, if not the scale's")
     parser.add_argument("--n-population", type=int, help="particles that teach the population, if not the scale's")
     parser.add_argument("--seed", type=int, default=0)

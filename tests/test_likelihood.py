@@ -87,8 +87,7 @@ def test_normal_equations_are_those_of_forward_mode_derivatives(model, latents, 
         }
         for name, value in expected.items():
             difference = (getattr(found, name)[row] - value).abs().max() / value.abs().max()
-            # Blurred images are compared on fewer pixels, with 0.05 % of an atom left at their Nyquist frequency.
-            assert difference < (1e-3 if blur else 2e-5), (name, float(difference))
+            assert difference < 2e-5, (name, float(difference))
 
 
 def test_float32_is_close_to_float64(model, latents):

@@ -39,6 +39,19 @@ def test_modes_have_the_paper_s_amplitudes(molecule):
         assert 0.9 * 5 * np.sqrt(3) < turns.max() < 1.02 * 5 * np.sqrt(3)
 
 
+def test_conformations_that_leave_the_box_are_drawn_anew(molecule):
+    dynamics, free = protocol.figure2_motion(molecule, 200, seed=0)
+
+    def furthest(latents):
+        return (dynamics.decode(latents) - torch.from_numpy(molecule.truth.origin).float()).norm(dim=-1).amax(1)
+
+    reach = float(furthest(free).median())
+    _, kept = protocol.figure2_motion(molecule, 200, seed=0, reach=reach)
+    assert furthest(kept).max() <= reach
+    inside = furthest(free) <= reach
+    assert torch.equal(kept[inside], free[inside]), "those that fit are the same"
+
+
 def test_every_model_gets_the_same_particles_and_none_of_the_test_s(molecule):
     first, second = (protocol.simulate(molecule, 2, 20, 32, 0.0, seed=2, progress=False) for _ in range(2))
     assert torch.equal(first.read_images(), second.read_images())
@@ -126,6 +139,18 @@ def test_a_run_writes_one_row_that_adds_up_and_is_not_run_twice(tiny, tmp_path, 
     assert not list((tmp_path / "work").glob("*"))
 
 
+def test_a_corrected_reference_is_a_row_of_its_own(tiny, tmp_path, monkeypatch):
+    for reference in ("reference", "corrected"):
+        start(monkeypatch, *arguments(tmp_path, "--model", "cRT", "--engine", "map", "--reference", reference))
+    plain, corrected = paper_figures.load_rows(tmp_path)
+    assert (plain["reference"], corrected["reference"]) == ("reference", "corrected")
+    assert plain["floor"] != corrected["floor"], "another shape expresses other conformations"
+    assert plain["mean_conformation_rmsd"] == corrected["mean_conformation_rmsd"], "of the same particles"
+    assert not list((tmp_path / "work").glob("*"))
+    with pytest.raises(ValueError, match="try --engine map"):
+        start(monkeypatch, *arguments(tmp_path, "--model", "cRT", "--engine", "encoder", "--reference", "corrected"))
+
+
 def test_a_run_that_was_cut_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     words = ["--model", "cRT", "--engine", "map"]
     start(monkeypatch, *arguments(tmp_path / "whole", *words))
@@ -178,6 +203,17 @@ def test_paired_difference_knows_a_gain_from_none():
     assert mean == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1)
     mean, low, high = paper_figures.paired_difference(shared + rng.standard_normal(300), shared)
     assert low < 0 < high
+
+
+def test_a_figure_shows_models_of_one_seed():
+    """The latest seed that as many models as any were run on: never two seeds side by side."""
+
+    def row(model, seed, snr_db=0.0):
+        return dict.fromkeys(reproduce.KEY, "") | {"model": model, "seed": seed, "snr_db": snr_db}
+
+    full = [row(model, seed) for seed in (0, 1) for model in ("cR", "cRT")]
+    begun = [row("cR", 2), row("cR", 3, snr_db=32.0)]
+    assert paper_figures.one_seed(full + begun) == [*full[2:], begun[1]]
 
 
 def test_kept_table_has_a_run_for_every_row_and_its_figures_draw():
