@@ -10,7 +10,7 @@ from paper_protocol import MODELS, MOLECULES
 from reproduce_paper import KEY, read_table
 
 from cryochains.files import atomic_path
-from cryochains.plots import COLORS, _figure
+from cryochains.plots import COLORS, new_figure
 
 # The runs that the project keeps: its table, and per-particle numbers of every row.
 KEPT = Path(__file__).resolve().parent.parent / "docs" / "paper"
@@ -98,7 +98,7 @@ def plot_figure2(rows: Sequence[dict], engine: str = "map") -> Figure:
     wanted = {"figure": 2, "engine": engine, "reference": "reference"}
     rows = one_seed([row for row in rows if all(row[k] == v for k, v in wanted.items())])
     names = [name for name in MOLECULES if any(row["molecule"] == name for row in rows)]
-    figure, axes = _figure(1, len(names), 1.2 + 4.4 * len(names), 4.2)
+    figure, axes = new_figure(1, len(names), 1.2 + 4.4 * len(names), 4.2)
     for axis, name in zip(axes[0], names, strict=True):
         levels = [snr for snr in SNR_COLORS if any(r["molecule"] == name and r["snr_db"] == snr for r in rows)]
         for number, snr in enumerate(levels):
@@ -130,7 +130,7 @@ def plot_figure3(row: dict, arrays: dict[str, np.ndarray] | None = None) -> Figu
     """First two components of α and of R|t, chain by chain, and PC1 of R|t against the true place on the path."""
     arrays = load_run(row) if arrays is None else arrays
     chains = sorted({name.split("_")[1] for name in arrays if name.startswith("rigid_") and name.count("_") == 1})
-    figure, axes = _figure(len(chains), 3, 11, 3.4 * len(chains))
+    figure, axes = new_figure(len(chains), 3, 11, 3.4 * len(chains))
     for line, chain in zip(axes, chains, strict=True):
         for axis, kind, label in zip(line, ("modes", "rigid"), ("α", "R|t"), strict=False):
             scores, share = arrays[f"{kind}_{chain}"], 100 * arrays[f"{kind}_{chain}_share"]
@@ -160,7 +160,7 @@ def plot_figure4(rows: Sequence[dict], structure=None, top: float = 6.0) -> Figu
     On the backbone seen from two sides where the `structure` is at hand, along the sequence where it is not; with the
     histogram beside the colour bar's scale. Colours end at `top` Å.
     """
-    figure, axes = _figure(len(rows), 3, 11, 3.4 * len(rows))
+    figure, axes = new_figure(len(rows), 3, 11, 3.4 * len(rows))
     for line, row in zip(axes, rows, strict=True):
         error = load_run(row)["residue_error"]
         if structure is None:
