@@ -169,9 +169,10 @@ def test_modules_stay_readable():
     too_long = {path.name: n for path in LIBRARY if (n := len(path.read_text().splitlines())) >= 350}
     assert not too_long
     code = {path.name: lines_of_code(path) for path in LIBRARY}
-    shown = sum(code.pop(f"{name}.py") for name in (*WIDGETS, "landscape", "exports", "screws", "plots"))
-    assert sum(code.values()) < 2800, code
-    assert shown < 1100, "what shows it is too long"
+    # The explorer and what only it stands on came later and have a bound of their own.
+    explorer = sum(code.pop(f"{name}.py") for name in ("explorer", "panels", "landscape", "exports", "screws"))
+    assert sum(code.values()) < 3150 and explorer < 750, (explorer, code)
+    assert sum(n for name, n in code.items() if name not in ("plots.py", "widgets.py")) < 2800, code
     for path in LIBRARY:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} opens with no docstring"
 
