@@ -21,7 +21,7 @@ help:
 	@echo "make test    every test, example and notebook"
 	@echo "make lab     JupyterLab on the notebooks"
 	@echo "make bench   speed against other programs"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff and mypy"
 
 demo: .venv/.base
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,8 @@ test: lint
 
 lint: .venv/.full
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lab: .venv/.full
 	$(BIN)/jupyter lab notebooks

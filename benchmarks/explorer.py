@@ -1,20 +1,20 @@
-"""The explorer's own time and memory: from a slider to coordinates on the wire, and opening it on a million particles.
+"""The explorer's own time and memory: a slider's way to the wire, and opening a million particles.
 
-``python benchmarks/explorer.py`` measures the Python side; what the browser then draws is its graphics card's business.
+``python benchmarks/explorer.py`` measures the Python side; what the browser then draws is its
+graphics card's business.
 """
 
 import resource
 import time
-import types
 
 import numpy as np
 import torch
 
 import cryochains as cc
-from cryochains import widgets
+from cryochains.view import notebook
 
 
-def ten_thousand_atoms() -> cc.Structure:
+def ten_thousand_atoms():
     """The GluA3 dimer and most of another one beside it: four chains."""
     atoms = cc.load_structure("glua3-closed").atoms
     other = atoms.copy()
@@ -32,25 +32,32 @@ def memory() -> float:
 
 def main() -> None:
     # It opens in notebooks only: this is as good as one.
-    widgets.get_ipython = lambda: types.SimpleNamespace(kernel=None)
+    notebook.in_notebook = lambda: True
     structure = ten_thousand_atoms()
-    dynamics = cc.Dynamics(structure, cc.compute_modes(structure, 20))
-    p = dynamics.n_latents
-    shown = cc.explore(dynamics, torch.randn(1000, p, generator=torch.Generator().manual_seed(0)))
-    sent, seconds = [], []
-    shown.molecule.send = lambda content, buffers=(): sent.append(sum(len(part) for part in buffers))
+    model = cc.Model(structure, modes=20, box_size=64, pixel_size=5.0)
+    p = model.n_latents
+    latents = torch.randn(1000, p, generator=torch.Generator().manual_seed(0))
+    shown = cc.explore(cc.Result(model, latents))
+    sizes, seconds = [], []
+    shown.molecule.send = lambda content, buffers=(): sizes.append(sum(map(len, buffers)))
     for value in np.linspace(-1, 1, 41):
         start = time.perf_counter()
         shown.components.sliders[0].value = value
         seconds.append(time.perf_counter() - start)
-    print(f"{structure.atoms.numAtoms():,} atoms, {p} latents, {torch.get_num_threads()} threads")
-    print(f"slider to coordinates on the wire: {1e3 * np.median(seconds):.1f} ms, {max(sent) / 1e3:.0f} kB a message")
+    threads = torch.get_num_threads()
+    print(f"{structure.atoms.numAtoms():,} atoms, {p} latents, {threads} threads")
+    milliseconds = 1e3 * np.median(seconds)
+    kilobytes = max(sizes) / 1e3
+    print(f"slider to coordinates on the wire: {milliseconds:.1f} ms, {kilobytes:.0f} kB a message")
 
     million = torch.randn(1_000_000, p)
-    before, start = memory(), time.perf_counter()
-    cc.explore(dynamics, million)
-    seconds = time.perf_counter() - start
-    print(f"open on 1,000,000 particles: {seconds:.1f} s, peak {memory():.2f} GB, {before:.2f} GB before")
+    before = memory()
+    start = time.perf_counter()
+    cc.explore(cc.Result(model, million))
+    taken = time.perf_counter() - start
+    print(
+        f"open on 1,000,000 particles: {taken:.1f} s, peak {memory():.2f} GB, {before:.2f} before"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""One pass of the refinement against the obvious way to get its Jacobian: one forward-mode product a latent.
+"""One pass of the refinement against the obvious way to get its Jacobian.
 
-Both make the same normal equations of the same particles, in turn, in one process. The obvious way is
-``torch.func.jvp`` of the same image model, written in plain differentiable operations, once for each latent.
+Both make the same normal equations of the same particles, in turn, in one process. The obvious way
+is ``torch.func.jvp`` of the same image model, written in plain differentiable operations, once for
+each latent.
 """
 
 import argparse
@@ -12,30 +13,37 @@ import time
 import torch
 
 import cryochains as cc
-from cryochains.imaging import MIN_EXPONENT, pixel_grid
-from cryochains.likelihood import normal_equations
+from cryochains.images import pixel_grid
+from cryochains.inference import normal_equations
+from cryochains.model import Dynamics
 
-N_MODES, BOX, N_PARTICLES, REPEATS, WANTED = 50, 64, 16, 5, 3
+N_MODES = 50
+BOX_SIZE = 64
+N_PARTICLES = 16
+REPEATS = 5
+MIN_RATIO = 3
+# Products of denormal numbers would be slow: the library clamps its exponents alike.
+MIN_EXPONENT = -25.0
 
 
 def plain_image(model, z, rotations, shifts, ctf):
     """The image model in operations that torch can differentiate in forward mode."""
-    imaging = model.imaging
-    x, y = imaging.place(model.decode(z), rotations, shifts).unbind(-1)
-    grid = pixel_grid(imaging.box_size, imaging.pixel_size, x)
+    microscope = model.microscope
+    x, y = microscope.image_positions(model.decode(z), rotations, shifts).unbind(-1)
+    grid = pixel_grid(microscope.box_size, microscope.pixel_size, x)
 
     def gaussians(positions):
-        exponent = -((grid - positions.unsqueeze(-1)) ** 2) / (2 * imaging.sigma**2)
+        exponent = -((grid - positions.unsqueeze(-1)) ** 2) / (2 * microscope.width**2)
         return torch.exp(exponent.clamp(min=MIN_EXPONENT))
 
-    amplitudes = imaging.weights / (2 * torch.pi * imaging.sigma**2)
+    amplitudes = microscope.weight_tensor / (2 * torch.pi * microscope.width**2)
     image = (gaussians(y) * amplitudes.unsqueeze(-1)).transpose(1, 2) @ gaussians(x)
     return torch.fft.rfft2(image, norm="ortho") * ctf
 
 
 def forward_mode_equations(model, images, pose, z):
     """(b, p, p) JᵀJ and (b, p) Jᵀ(y − f), one product J·e_k a latent."""
-    box = model.imaging.box_size
+    box = model.box_size
     weights = torch.full((box, box // 2 + 1), 2.0, device=z.device)
     weights[:, 0] = weights[:, -1] = 1.0
     weights[0, 0] = 0.0
@@ -44,7 +52,9 @@ def forward_mode_equations(model, images, pose, z):
     for k in range(z.shape[1]):
         direction = torch.zeros_like(z)
         direction[:, k] = 1.0
-        image, column = torch.func.jvp(lambda latents: plain_image(model, latents, *pose), (z,), (direction,))
+        image, column = torch.func.jvp(
+            lambda latents: plain_image(model, latents, *pose), (z,), (direction,)
+        )
         columns.append(torch.view_as_real(column * root).flatten(1))
     jacobian = torch.stack(columns, dim=1)
     residual = torch.view_as_real((torch.fft.rfft2(images, norm="ortho") - image) * root).flatten(1)
@@ -58,21 +68,53 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+def make_particles(device: str):
+    """A model, one batch of its particles, and the latents to linearise at."""
+    reference = cc.load_structure("glua3-closed")
+    dynamics = Dynamics(reference, cc.compute_modes(reference, N_MODES))
+    generator = torch.Generator().manual_seed(0)
+    latents = 0.3 * torch.randn(N_PARTICLES, dynamics.n_latents, generator=generator)
+    particles = cc.simulate_particles(
+        reference,
+        N_PARTICLES,
+        dynamics=dynamics,
+        latents=latents,
+        box_size=BOX_SIZE,
+        device=device,
+        progress=False,
+    )
+    model = cc.Model(reference, particles, modes=dynamics.modes).to(device)
+    batch = next(particles.batches(N_PARTICLES, device=device))
+    return model, batch, torch.zeros_like(latents).to(device)
+
+
+def require_same(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    error = float((theirs - ours).abs().max() / theirs.abs().max())
+    if error > 1e-3:
+        sys.exit(f"the two ways disagree: {name} by {error:.1e}")
+
+
+def floor_ms(dynamics: Dynamics, device: str) -> float:
+    """Milliseconds a particle that the Jacobian's matrix products and JᵀJ take at least."""
+    operations = dynamics.n_latents**2 * BOX_SIZE**2
+    for layout in dynamics.chains:
+        n_latents = layout.latents.stop - layout.latents.start
+        operations += 2 * layout.n_atoms * n_latents * BOX_SIZE**2
+    square = torch.randn(1024, 1024, device=device)
+    square @ square
+    began = now(device)
+    for _ in range(5):
+        square @ square
+    multiply_adds_per_second = 5 * 1024**3 / (now(device) - began)
+    return 1000 * operations / multiply_adds_per_second
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     device = parser.parse_args().device
-    reference = cc.load_structure("glua3-closed")
-    dynamics = cc.Dynamics(reference, cc.compute_modes(reference, N_MODES))
-    latents = 0.3 * torch.randn(N_PARTICLES, dynamics.n_latents, generator=torch.Generator().manual_seed(0))
-    particles = cc.simulate_particles(
-        reference, N_PARTICLES, dynamics=dynamics, latents=latents, box_size=BOX, progress=False
-    )
-    model = cc.CryoChains.for_particles(reference, particles, modes=dynamics.modes, width=0.1).to(device)
-    batch = next(particles.batches(N_PARTICLES, device=device))
-    z = torch.zeros_like(latents).to(device)
-
+    model, batch, z = make_particles(device)
     times = {"analytic": [], "forward mode": []}
     for _ in range(REPEATS + 1):
         began = now(device)
@@ -81,32 +123,23 @@ def main() -> None:
         hessian, gradient = forward_mode_equations(model, batch.images, batch.pose, z)
         times["analytic"].append(middle - began)
         times["forward mode"].append(now(device) - middle)
-    for name, theirs, mine in (("hessian", hessian, ours.hessian), ("gradient", gradient, ours.gradient)):
-        error = float((theirs - mine).abs().max() / theirs.abs().max())
-        if error > 1e-3:
-            sys.exit(f"the two ways disagree: {name} by {error:.1e}")
+    require_same("hessian", hessian, ours.hessian)
+    require_same("gradient", gradient, ours.gradient)
 
-    # Where the time must go at least: the Jacobian's matrix products and JᵀJ, in multiply-adds.
-    atoms = [layout.atoms.stop - layout.atoms.start for layout in dynamics.chains]
-    sizes = [layout.latents.stop - layout.latents.start for layout in dynamics.chains]
-    operations = sum(2 * n * k for n, k in zip(atoms, sizes, strict=True)) * BOX**2 + dynamics.n_latents**2 * BOX**2
-    square = torch.randn(1024, 1024, device=device)
-    square @ square
-    began = now(device)
-    for _ in range(5):
-        square @ square
-    rate = 5 * 1024**3 / (now(device) - began)
-    floor = 1000 * operations / rate
-
-    median = {name: 1000 * statistics.median(values[1:]) / N_PARTICLES for name, values in times.items()}
-    ratios = [slow / fast for slow, fast in zip(times["forward mode"][1:], times["analytic"][1:], strict=True)]
-    print(f"{reference.n_atoms} atoms, {BOX} px, p = {dynamics.n_latents}, {torch.get_num_threads()} threads")
-    for name, value in median.items():
-        print(f"{name:14}{value:8.2f} ms a particle")
+    # The first round warms up.
+    fast, slow = times["analytic"][1:], times["forward mode"][1:]
+    ratios = [theirs / mine for theirs, mine in zip(slow, fast, strict=True)]
+    n_atoms, p = model.structure.n_atoms, model.n_latents
+    print(f"{n_atoms} atoms, {BOX_SIZE} px, p = {p}, {torch.get_num_threads()} threads")
+    for name, values in times.items():
+        median = 1000 * statistics.median(values[1:]) / N_PARTICLES
+        print(f"{name:14}{median:8.2f} ms a particle")
+    floor = floor_ms(model.dynamics, device)
     print(f"{'floor':14}{floor:8.2f} ms a particle, at the speed of a large matrix product")
-    print(f"{statistics.median(ratios):.1f} times faster (from {min(ratios):.1f} to {max(ratios):.1f})")
-    if statistics.median(ratios) < WANTED:
-        sys.exit(f"expected at least {WANTED} times")
+    ratio = statistics.median(ratios)
+    print(f"{ratio:.1f} times faster (from {min(ratios):.1f} to {max(ratios):.1f})")
+    if ratio < MIN_RATIO:
+        sys.exit(f"expected at least {MIN_RATIO} times")
 
 
 if __name__ == "__main__":

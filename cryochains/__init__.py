@@ -1,55 +1,124 @@
 """CryoChains: how the chains of a molecule move, from cryo-EM particle images, inside a notebook.
 
-The road through the package, one module a step: a structure (`load_structure`, `match_structures`, `morph`), its
-normal modes (`compute_modes`), particle images (`load_particles`, `simulate_particles`), a model (`CryoChains`),
-the paper's encoder (`fit`) or the refinement (`refine`), the principal motions (`compute_pca`), the scores
-(`score_motion`, `information_limit`), figures (`cryochains.plots`), and a molecule that moves (`explore`).
+A structure (`load_structure`, `match_structures`, `morph`) and particle images (`load_particles`,
+`simulate_particles`) make a model (`Model`). `refine` finds the latents of every particle: a
+`Result`. Its principal motions (`compute_pca`), tables, words, scores, files and figures
+(`cryochains.plots`) take that result, and `explore` shows it as a molecule that moves.
 
-Conventions: Å; radians inside, degrees where a person reads; rotations act on column vectors, x' = R x; projection
-along z; images (batch, y, x) with the origin at pixel ``box_size // 2``; protein-bright.
+Packages, each importing only from those before it:
+
+    molecule, images  <  model  <  inference  <  analysis  <  view
+
+Conventions: Å; radians inside, degrees where a person reads; rotations act on column vectors,
+x' = R x; projection along z; images (batch, y, x) with the origin at pixel ``box_size // 2``;
+protein-bright.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .dynamics import Dynamics
-from .imaging import CTF, Imaging
-from .inference import posterior_covariance, refine
-from .latent import PrincipalMotions, compute_pca, decode_ensemble, latent_table, save_ensemble
-from .matching import match_structures, morph, superpose
-from .metrics import Scores, correlation, information_limit, rmsd, score_motion, true_latents, true_population
-from .model import CryoChains
-from .modes import Modes, compute_modes
-from .particles import ParticleStack, load_particles
-from .population import Population, Refinement
-from .pretrained import load_pretrained, save_pretrained
-from .screws import Screw, change_sentence, describe_change, describe_motion, motion_sentence, screw_motion
-from .simulation import Truth, simulate_particles
-from .structure import Structure, load_structure
-from .training import Epoch, encode_particles, fit
+if TYPE_CHECKING:
+    from .analysis import (
+        compute_pca,
+        describe_motion,
+        latent_table,
+        motion_sentence,
+    )
+    from .images import ParticleStack, load_particles
+    from .inference import (
+        Result,
+        encode,
+        information_limit,
+        load_result,
+        refine,
+        score,
+        train_encoder,
+    )
+    from .model import Model, load_population, simulate_particles
+    from .molecule import (
+        compute_modes,
+        describe_change,
+        load_structure,
+        match_structures,
+        morph,
+        superpose,
+    )
+    from .view import explore, plots, save_motion, view_modes, view_structure
 
 __version__ = "0.1.0"
 
-# Imported when they are asked for: widgets need the extras [lab], and everything else works without them.
-LATER = {
-    "explore": "explorer", "save_chimerax": "exports", "save_movie": "exports", "view_modes": "widgets",
-    "view_structure": "widgets",
-}  # fmt: skip
+# The table of contents: every public name and the package it is in. Packages are imported when a
+# name is first used, since torch, ProDy and matplotlib take seconds.
+_PACKAGE_OF = {
+    "load_structure": "molecule",
+    "match_structures": "molecule",
+    "superpose": "molecule",
+    "morph": "molecule",
+    "compute_modes": "molecule",
+    "describe_change": "molecule",
+    "load_particles": "images",
+    "ParticleStack": "images",
+    "simulate_particles": "model",
+    "Model": "model",
+    "load_population": "model",
+    "refine": "inference",
+    "Result": "inference",
+    "load_result": "inference",
+    "train_encoder": "inference",
+    "encode": "inference",
+    "score": "inference",
+    "information_limit": "inference",
+    "compute_pca": "analysis",
+    "latent_table": "analysis",
+    "describe_motion": "analysis",
+    "motion_sentence": "analysis",
+    "save_motion": "view",
+    "explore": "view",
+    "view_structure": "view",
+    "view_modes": "view",
+    "plots": "view",
+}
 
-__all__ = [
-    "CTF", "CryoChains", "Dynamics", "Epoch", "Imaging", "Modes", "ParticleStack", "Population", "PrincipalMotions",
-    "Refinement", "Scores", "Screw", "Structure", "Truth", "change_sentence", "compute_modes", "compute_pca",
-    "correlation", "decode_ensemble", "describe_change", "describe_motion", "encode_particles", "fit",
-    "information_limit", "latent_table", "load_particles", "load_pretrained", "load_structure", "match_structures",
-    "morph", "motion_sentence", "posterior_covariance", "refine", "rmsd", "save_ensemble", "save_pretrained",
-    "score_motion", "screw_motion", "simulate_particles", "superpose", "true_latents", "true_population",
-]  # fmt: skip
+__all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
+    "Model",
+    "ParticleStack",
+    "Result",
+    "compute_modes",
+    "compute_pca",
+    "describe_change",
+    "describe_motion",
+    "encode",
+    "explore",
+    "information_limit",
+    "latent_table",
+    "load_particles",
+    "load_population",
+    "load_result",
+    "load_structure",
+    "match_structures",
+    "morph",
+    "motion_sentence",
+    "plots",
+    "refine",
+    "save_motion",
+    "score",
+    "simulate_particles",
+    "superpose",
+    "train_encoder",
+    "view_modes",
+    "view_structure",
+]
 
 
-def __getattr__(name: str):
-    if name in LATER:
-        return getattr(import_module(f".{LATER[name]}", __name__), name)
-    raise AttributeError(f"module 'cryochains' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name in _PACKAGE_OF.values():
+        return import_module(f".{name}", __name__)
+    if name not in _PACKAGE_OF:
+        raise AttributeError(f"module 'cryochains' has no attribute {name!r}")
+    value = getattr(import_module(f".{_PACKAGE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *LATER])
+    return sorted({*globals(), *_PACKAGE_OF, *_PACKAGE_OF.values()})

@@ -1,100 +1,193 @@
-"""A reference corrected for what its own motions cannot express: one change of shape that all particles share.
+"""A reference corrected for what its own motions cannot express: a change of shape all share.
 
-Symbols: d → `field`, of the nodes in the frame of the reference, so that every chain of every particle is
+Symbols: d → `field`, of the nodes in the frame of the reference, so that every chain of every
+particle is
 
     X⁽ᶜ⁾ = R⁽ᶜ⁾ (X⁽ᶜ'⁰⁾ + d⁽ᶜ⁾ + Σ_k α_k U_k − com) + com + t⁽ᶜ⁾
 
-Modes and turns are a particle's own; a wrong loop is everybody's, and hundreds of images say where it is:
+Modes and turns are a particle's own; an error of the reference, such as a wrong loop, is common to
+all particles, and hundreds of images together determine it:
 
-    found = cc.refine(model, particles)
-    model = cc.CryoChains.for_particles(correct_reference(model, particles, found), particles)
-    found = cc.refine(model, particles)
+    result = cc.refine(model, particles)
+    model = cc.Model(correct_reference(result), particles)
+    result = cc.refine(model, particles)
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import roma
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from cryochains import CryoChains, ParticleStack, Refinement, Structure
-from cryochains.imaging import filter_images, project
-from cryochains.likelihood import place_variance
+from cryochains import Result
+from cryochains.images import Batch, filter_images
+from cryochains.inference import position_variance
+from cryochains.model import Model, rotvec_to_matrix
+from cryochains.molecule import Structure
 
-# Å: how far a residue may be from where the reference has it, and how far from it those within NEAR may differ.
-FAR, APART, NEAR = 3.0, 0.5, 8.0
-STEPS = 40
+# Å, how far a residue may be from where the reference has it (standard deviation).
+DISPLACEMENT_STD = 3.0
+# Å, by how much the displacements of residues within NEIGHBOUR_DISTANCE (Å) may differ.
+DIFFERENCE_STD = 0.5
+NEIGHBOUR_DISTANCE = 8.0
+MAX_STEPS = 40
+BATCH_SIZE = 64
 
 
 def correct_reference(
-    model: CryoChains, particles: ParticleStack, refinement: Refinement, *, n_particles: int = 4000
+    result: Result, *, n_particles: int = 4000, device: str | torch.device | None = None
 ) -> Structure:
     """The model's reference, with the shape that the refined particles have in common.
 
-    Finds the most probable d while every particle's latents stay as they were refined; d is smooth, and has no part
-    that a chain's modes, turn or shift could do. Build a model around the answer, and refine again.
+    Finds the most probable d while every particle's latents stay as they were refined; d is smooth,
+    and has no part that a chain's modes, turn or shift could do. Build a model around the returned
+    structure, and refine again.
 
     Parameters
     ----------
-    particles : ParticleStack
-        Those of the `refinement`; the first `n_particles` are used (2.5 s a thousand and step at 64 px, one core).
+    result : Result
+        Refined, with its particles.
+    n_particles : int
+        The first so many are used (2.5 s a thousand and step at 64 px, one core).
+    device : torch device, optional
+        By default a GPU where there is one.
 
     Raises
     ------
     ValueError
-        When the particles do not fit the model or are not those of the refinement.
+        When the result is not a refined one, or has no particles.
     """
-    model.check_particles(particles)
-    if refinement.ids.tolist() != particles.ids.tolist() or refinement.latents.shape[1] != model.dynamics.n_latents:
-        raise ValueError(f"expected the refinement of {particles!r} by this model, got {refinement!r}; try refine")
-    structure, dynamics, imaging, population = model.structure, model.dynamics, model.imaging, refinement.population
-    chains, device = range(structure.n_chains), model.device
-    nodes = replace(structure, rows=structure.node_rows, weights=np.ones(structure.n_nodes))
-    steps = dynamics.with_structure(nodes).to(device)
-    still = torch.zeros(1, dynamics.n_latents, device=device)
-    known = [torch.linalg.qr(steps.tangents(still, c)[0].flatten(1).T)[0] for c in chains]
-    pairs = torch.from_numpy(cKDTree(structure.node_coords).query_pairs(NEAR, output_type="ndarray")).to(device)
-    neighbours = max(2 * len(pairs) / structure.n_nodes, 1.0)
-    free = torch.zeros(structure.n_nodes, 3, device=device, requires_grad=True)
+    if result.particles is None or result.population is None or result.std is None:
+        raise ValueError(
+            f"expected the refinement of particles, with them, got {result!r}; try refine"
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = result.model.to(device)
+    chosen = result[: min(n_particles, len(result))]
+    batches = chosen.particles.batches(BATCH_SIZE, device=device)
+    views = [_view_of(model, chosen, batch) for batch in batches]
+    field = _most_probable_field(model, views, result.population.noise_std, result.contrast)
+    moved = field.cpu().double().numpy()
+    structure = model.structure
+    return structure.with_coords(structure.atoms.getCoords() + moved[structure.atom_node])
 
-    def field() -> Tensor:
-        parts = zip(free.split(np.bincount(structure.node_chain).tolist()), known, strict=True)
-        return torch.cat([part - (q @ (q.T @ part.flatten())).view(-1, 3) for part, q in parts])
 
-    @torch.no_grad()
-    def look(batch) -> tuple:
-        """What of these particles does not change with the field."""
-        z, rotations = refinement.latents[batch.rows].to(device), batch.pose[0]
-        xy = imaging.place(dynamics.decode(z), *batch.pose[:2])
-        frames = [rotations[:, :2] @ roma.rotvec_to_rotmat(dynamics.rotvecs(z, c)) for c in chains]
-        unknown = place_variance(dynamics, z, rotations, refinement.std[batch.rows].to(device).square().diag_embed())
-        return batch.images, xy, frames, (imaging.sigma**2 + unknown).sqrt(), batch.pose[2]
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What does not change with the field, of b particles.
 
-    seen = [look(batch) for batch in particles[:n_particles].batches(64, device=device)]
+    Attributes
+    ----------
+    images : (b, box, box) tensor
+    positions : (b, n_atoms, 2) tensor
+        Å, of the atoms on the image, without the field.
+    frames : list of (b, 2, 3) tensors
+        From the reference's frame of each chain to the image.
+    widths : (b, n_atoms) tensor
+        Å, of the Gaussians: an atom is drawn as wide as it is uncertain.
+    ctf : (b, box, box//2 + 1) tensor or None
+    """
 
-    def squares(images: Tensor, xy: Tensor, frames: list, width: Tensor, ctf: Tensor | None) -> Tensor:
-        moved = field()[structure.node_index]
-        moved = [moved[dynamics.chains[c].atoms] @ frames[c].transpose(1, 2) for c in chains]
-        expected = project(xy + torch.cat(moved, 1), imaging.weights, imaging.box_size, imaging.pixel_size, width)
-        expected = expected if ctf is None else filter_images(expected, ctf)
-        off = images - population.contrast * expected
-        return (off - off.mean(dim=(1, 2), keepdim=True)).square().sum() / (2 * population.noise_std**2)
+    images: Tensor
+    positions: Tensor
+    frames: list[Tensor]
+    widths: Tensor
+    ctf: Tensor | None
+
+
+@torch.no_grad()
+def _view_of(model: Model, result: Result, batch: Batch) -> _View:
+    dynamics, microscope = model.dynamics, model.microscope
+    latents = result.latents[batch.rows.cpu()].to(model.device)
+    std = result.std[batch.rows.cpu()].to(model.device)
+    variance = position_variance(dynamics, latents, batch.rotations, std.square().diag_embed())
+    frames = []
+    for chain in range(len(dynamics.chains)):
+        turn = rotvec_to_matrix(dynamics.rotvecs(latents, chain))
+        frames.append(batch.rotations[:, :2] @ turn)
+    return _View(
+        images=batch.images,
+        positions=microscope.image_positions(
+            dynamics.decode(latents), batch.rotations, batch.shifts
+        ),
+        frames=frames,
+        widths=(microscope.width**2 + variance).sqrt(),
+        ctf=batch.ctf,
+    )
+
+
+def _most_probable_field(
+    model: Model, views: list[_View], noise_std: float, contrast: float
+) -> Tensor:
+    """(n_nodes, 3) Å: d at the smallest sum of misfit and prior, by L-BFGS."""
+    structure = model.structure
+    directions = _directions_of_chains(model)
+    near = cKDTree(structure.node_coords).query_pairs(NEIGHBOUR_DISTANCE, output_type="ndarray")
+    pairs = torch.from_numpy(near).to(model.device)
+    n_neighbours = max(2 * len(pairs) / structure.n_nodes, 1.0)
+    free = torch.zeros(structure.n_nodes, 3, device=model.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
+
+    def prior() -> Tensor:
+        field = _without_directions(free, directions, structure)
+        difference = field[pairs[:, 0]] - field[pairs[:, 1]]
+        size = field.square().sum() / DISPLACEMENT_STD**2
+        roughness = difference.square().sum() / (n_neighbours * DIFFERENCE_STD**2)
+        return (size + roughness) / 2
+
+    def misfit(view: _View) -> Tensor:
+        field = _without_directions(free, directions, structure)
+        residual = view.images - contrast * _expected_images(model, view, field)
+        # The mean of an image is left out: particle extraction normalises it away.
+        residual = residual - residual.mean(dim=(1, 2), keepdim=True)
+        return residual.square().sum() / (2 * noise_std**2)
 
     def objective() -> float:
         optimizer.zero_grad()
-        apart = field()[pairs[:, 0]] - field()[pairs[:, 1]]
-        prior = (field().square().sum() / FAR**2 + apart.square().sum() / (neighbours * APART**2)) / 2
-        prior.backward()
-        total = float(prior.detach())
-        for of_batch in seen:
-            misfit = squares(*of_batch)
-            misfit.backward()
-            total += float(misfit.detach())
+        loss = prior()
+        loss.backward()
+        total = float(loss.detach())
+        # A batch at a time, so that memory does not grow with the number of particles.
+        for view in views:
+            loss = misfit(view)
+            loss.backward()
+            total += float(loss.detach())
         return total
 
-    optimizer = torch.optim.LBFGS([free], max_iter=STEPS, line_search_fn="strong_wolfe")
     optimizer.step(objective)
-    moved = field().detach().cpu().double().numpy()
-    return structure.with_coords(structure.atoms.getCoords() + moved[structure.atom_node])
+    return _without_directions(free, directions, structure).detach()
+
+
+def _directions_of_chains(model: Model) -> list[Tensor]:
+    """(3 n_c, k) orthonormal directions in which each chain's own latents move its nodes."""
+    structure = model.structure
+    nodes = replace(structure, rows=structure.node_rows, weights=np.ones(structure.n_nodes))
+    dynamics = model.dynamics.with_structure(nodes)
+    reference = torch.zeros(1, dynamics.n_latents, device=model.device)
+    directions = []
+    for chain in range(structure.n_chains):
+        tangents = dynamics.tangents(reference, chain)[0].flatten(1)
+        directions.append(torch.linalg.qr(tangents.T)[0])
+    return directions
+
+
+def _without_directions(free: Tensor, directions: list[Tensor], structure: Structure) -> Tensor:
+    """(n_nodes, 3) `free` without its part along the `directions` of each chain."""
+    sizes = np.bincount(structure.node_chain).tolist()
+    parts = []
+    for part, known in zip(free.split(sizes), directions, strict=True):
+        along = known @ (known.T @ part.flatten())
+        parts.append(part - along.view(-1, 3))
+    return torch.cat(parts)
+
+
+def _expected_images(model: Model, view: _View, field: Tensor) -> Tensor:
+    """(b, box, box) images of the conformations in `view`, each with the `field` added."""
+    of_atoms = field[model.structure.node_index]
+    moved = []
+    for layout, frame in zip(model.dynamics.chains, view.frames, strict=True):
+        moved.append(of_atoms[layout.atoms] @ frame.transpose(1, 2))
+    images = model.microscope.project(view.positions + torch.cat(moved, dim=1), view.widths)
+    return images if view.ctf is None else filter_images(images, view.ctf)

@@ -1,4 +1,4 @@
-"""What several test files need: the embedded pair of conformations and the folder of larger structures."""
+"""What several test files need: the embedded pair of conformations, and larger structures."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import prody
 import pytest
 import torch
 
-from cryochains.matching import match_structures, superpose
-from cryochains.structure import Structure, load_structure
+from cryochains.molecule import Structure, load_structure, match_structures, superpose
 
-# One number of threads everywhere: sums, and so results, then do not depend on the machine's cores. And one thread:
-# where another program holds a core, two threads wait for each other in each of thousands of tiny operations.
+# One number of threads everywhere: sums, and so results, then do not depend on the machine's cores.
+# And one thread: where another program holds a core, two threads wait for each other in each of
+# thousands of tiny operations.
 torch.set_num_threads(1)
 
 
@@ -49,7 +49,7 @@ def prody_files() -> Path:
 
 
 # Minutes, not seconds: these come last, so that a mistake elsewhere shows at once.
-SLOW = ("test_examples", "test_inference", "test_browser")
+SLOW = ("test_examples", "test_refinement", "test_browser")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""The paper's protocol: the numbers of its section 3, the same particles for every model, and the results table."""
+"""The paper's protocol: the numbers of its section 3, its particles, and the results table."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import cryochains as cc
+from cryochains.inference import refinement
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -31,8 +31,10 @@ def test_modes_have_the_paper_s_amplitudes(molecule):
         assert d.shape[1] == 15
         high = d > 1.25
         assert high.mean() == pytest.approx(0.5, abs=0.02)
-        assert d[high].mean() == pytest.approx(2.5, abs=0.02) and d[high].std() == pytest.approx(0.25, abs=0.01)
-        assert d[~high].mean() == pytest.approx(0.0, abs=0.02) and d[~high].std() == pytest.approx(0.25, abs=0.01)
+        assert d[high].mean() == pytest.approx(2.5, abs=0.02)
+        assert d[high].std() == pytest.approx(0.25, abs=0.01)
+        assert d[~high].mean() == pytest.approx(0.0, abs=0.02)
+        assert d[~high].std() == pytest.approx(0.25, abs=0.01)
         # Neither two modes nor two particles share a draw.
         assert np.abs(np.corrcoef(d.T) - np.eye(15)).max() < 0.08
         turns = np.degrees(np.linalg.norm(physical[:, layout.rotation], axis=1))
@@ -42,28 +44,34 @@ def test_modes_have_the_paper_s_amplitudes(molecule):
 def test_conformations_that_leave_the_box_are_drawn_anew(molecule):
     dynamics, free = protocol.figure2_motion(molecule, 200, seed=0)
 
-    def furthest(latents):
-        return (dynamics.decode(latents) - torch.from_numpy(molecule.truth.origin).float()).norm(dim=-1).amax(1)
+    def farthest(latents):
+        centre = torch.from_numpy(molecule.truth.origin).float()
+        return (dynamics.decode(latents) - centre).norm(dim=-1).amax(1)
 
-    reach = float(furthest(free).median())
-    _, kept = protocol.figure2_motion(molecule, 200, seed=0, reach=reach)
-    assert furthest(kept).max() <= reach
-    inside = furthest(free) <= reach
+    cutoff = float(farthest(free).median())
+    _, kept = protocol.figure2_motion(molecule, 200, seed=0, cutoff=cutoff)
+    assert farthest(kept).max() <= cutoff
+    inside = farthest(free) <= cutoff
     assert torch.equal(kept[inside], free[inside]), "those that fit are the same"
 
 
 def test_every_model_gets_the_same_particles_and_none_of_the_test_s(molecule):
-    first, second = (protocol.simulate(molecule, 2, 20, 32, 0.0, seed=2, progress=False) for _ in range(2))
+    first = protocol.simulate(molecule, 2, 20, 32, 0.0, seed=2, progress=False)
+    second = protocol.simulate(molecule, 2, 20, 32, 0.0, seed=2, progress=False)
     assert torch.equal(first.read_images(), second.read_images())
     train = protocol.simulate(molecule, 2, 20, 32, 0.0, seed=0, progress=False)
     distance = torch.cdist(train.truth.latents, first.truth.latents)
     assert distance.min() > 0.1
-    assert torch.cdist(train.read_images().flatten(1), first.read_images().flatten(1)).min() > 0
+    pixels, others = (stack.read_images().flatten(1) for stack in (train, first))
+    assert torch.cdist(pixels, others).min() > 0
 
 
 def test_models_are_the_paper_s_five(molecule):
     particles = protocol.simulate(molecule, 2, 2, 32, 0.0, seed=0, progress=False)
-    sizes = {n: protocol.build(n, molecule.reference, particles, 0.1).dynamics.n_latents for n in protocol.MODELS}
+    sizes = {
+        name: protocol.build(name, molecule.reference, particles).n_latents
+        for name in protocol.MODELS
+    }
     assert sizes == {"N100": 100, "cN50": 100, "cR": 6, "cRT": 12, "CryoChains": 112}
 
 
@@ -74,12 +82,12 @@ def test_molecule_fills_seventy_percent_of_the_box(molecule):
         assert extent / (box * protocol.pixel_size(molecule, box)) == pytest.approx(0.7, abs=0.01)
 
 
-def test_place_on_path_is_what_the_images_allow(molecule):
+def test_expected_path_coordinate_is_what_the_images_allow(molecule):
     clear = protocol.simulate(molecule, 3, 30, 48, 20.0, seed=0, progress=False)
     dim = protocol.simulate(molecule, 3, 30, 48, -30.0, seed=0, progress=False)
     truth = clear.truth.coordinate.numpy()
-    assert np.abs(protocol.place_on_path(molecule, clear) - truth).max() < 0.05
-    blind = protocol.place_on_path(molecule, dim)
+    assert np.abs(protocol.expected_path_coordinate(molecule, clear) - truth).max() < 0.05
+    blind = protocol.expected_path_coordinate(molecule, dim)
     assert blind.std() < 0.5 * truth.std() and abs(blind.mean() - 0.5) < 0.1
 
 
@@ -94,8 +102,8 @@ def test_paper_molecules_are_the_paper_s(structures_dir):
     assert "built from 2CG9" in hsp90.note
     assert apart(hsp90) == pytest.approx(11.1, abs=0.2)
     chain = hsp90.reference.chain_index
-    between = np.linalg.norm(hsp90.reference.coords[chain == 0][:, None] - hsp90.reference.coords[chain == 1], axis=-1)
-    assert between.min() > 3.5
+    coords_a, coords_b = (hsp90.reference.coords[chain == number] for number in (0, 1))
+    assert np.linalg.norm(coords_a[:, None] - coords_b, axis=-1).min() > 3.5
 
 
 # The script
@@ -116,13 +124,18 @@ def start(monkeypatch, *words):
     reproduce.main()
 
 
-def test_a_run_writes_one_row_that_adds_up_and_is_not_run_twice(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_writes_one_row_that_adds_up_and_is_not_run_twice(
+    tiny, tmp_path, monkeypatch, capsys
+):
     words = arguments(tmp_path, "--model", "cR,cRT", "--engine", "all", "--molecule", "glua3")
     start(monkeypatch, *words)
     rows = paper_figures.load_rows(tmp_path)
     assert [(row["model"], row["engine"]) for row in rows] == [
-        ("cR", "map"), ("cRT", "map"), ("cR", "encoder"), ("cRT", "encoder")
-    ]  # fmt: skip
+        ("cR", "map"),
+        ("cRT", "map"),
+        ("cR", "encoder"),
+        ("cRT", "encoder"),
+    ]
     for row in rows:
         run = paper_figures.load_run(row)
         assert run["rmsd"].mean() == pytest.approx(row["rmsd_mean"], abs=1e-3)
@@ -140,33 +153,37 @@ def test_a_run_writes_one_row_that_adds_up_and_is_not_run_twice(tiny, tmp_path, 
 
 
 def test_a_corrected_reference_is_a_row_of_its_own(tiny, tmp_path, monkeypatch):
+    words = arguments(tmp_path, "--model", "cRT", "--engine")
     for reference in ("reference", "corrected"):
-        start(monkeypatch, *arguments(tmp_path, "--model", "cRT", "--engine", "map", "--reference", reference))
+        start(monkeypatch, *words, "map", "--reference", reference)
     plain, corrected = paper_figures.load_rows(tmp_path)
     assert (plain["reference"], corrected["reference"]) == ("reference", "corrected")
     assert plain["floor"] != corrected["floor"], "another shape expresses other conformations"
-    assert plain["mean_conformation_rmsd"] == corrected["mean_conformation_rmsd"], "of the same particles"
+    same = plain["mean_conformation_rmsd"] == corrected["mean_conformation_rmsd"]
+    assert same, "of the same particles"
     assert not list((tmp_path / "work").glob("*"))
     with pytest.raises(ValueError, match="try --engine map"):
-        start(monkeypatch, *arguments(tmp_path, "--model", "cRT", "--engine", "encoder", "--reference", "corrected"))
+        start(monkeypatch, *words, "encoder", "--reference", "corrected")
 
 
 def test_a_run_that_was_cut_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     words = ["--model", "cRT", "--engine", "map"]
     start(monkeypatch, *arguments(tmp_path / "whole", *words))
-    save, passes = cc.inference._Passes._save, []
+    save = refinement._save_checkpoint
+    passes = []
 
-    def cut(self, history):
-        save(self, history)
-        passes.append(len(history))
+    def cut(run, identity, state):
+        save(run, identity, state)
+        passes.append(len(state.history))
         if len(passes) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cc.inference._Passes, "_save", cut)
+    monkeypatch.setattr(refinement, "_save_checkpoint", cut)
     with pytest.raises(KeyboardInterrupt):
         start(monkeypatch, *arguments(tmp_path / "cut", *words))
     assert not (tmp_path / "cut" / "table.csv").exists()
     start(monkeypatch, *arguments(tmp_path / "cut", *words))
+    assert passes[:3] == [1, 2, 3], "it went on where it was cut"
     whole, resumed = (paper_figures.load_rows(tmp_path / name)[0] for name in ("whole", "cut"))
     for column in reproduce.COLUMNS[reproduce.COLUMNS.index("rmsd") :]:
         assert whole[column] == resumed[column], column
@@ -209,7 +226,8 @@ def test_a_figure_shows_models_of_one_seed():
     """The latest seed that as many models as any were run on: never two seeds side by side."""
 
     def row(model, seed, snr_db=0.0):
-        return dict.fromkeys(reproduce.KEY, "") | {"model": model, "seed": seed, "snr_db": snr_db}
+        key = dict.fromkeys(reproduce.KEY, "")
+        return key | {"model": model, "seed": seed, "snr_db": snr_db}
 
     full = [row(model, seed) for seed in (0, 1) for model in ("cR", "cRT")]
     begun = [row("cR", 2), row("cR", 3, snr_db=32.0)]
@@ -229,3 +247,14 @@ def test_kept_table_has_a_run_for_every_row_and_its_figures_draw():
     assert paper_figures.plot_figure3(third[0]).axes
     second = [row for row in rows if row["figure"] == 2][:2]
     assert paper_figures.plot_figure4(second).axes
+
+
+def test_a_run_of_figure_3_draws(tiny, tmp_path, monkeypatch):
+    words = ["--figure", "3", "--model", "cRT", "--engine", "map"]
+    start(monkeypatch, *arguments(tmp_path, *words))
+    (row,) = paper_figures.load_rows(tmp_path)
+    run = paper_figures.load_run(row)
+    assert len(run["path_coordinate"]) == len(run["rigid_A"]) == row["n_test"]
+    assert 0 <= row["spearman"] <= 1 and 0 <= row["spearman_limit"] <= 1
+    assert row["end_reference"] > 0 and row["end_truth"] > 0
+    assert paper_figures.plot_figure3(row).axes

@@ -1,0 +1,42 @@
+"""What a result says: principal motions, tables, words, conformations in files, points on a screen.
+
+Modules, each importing only from those before it: `colors` (of chains, in all figures and scripts),
+`motions` (principal components of the latents, and the latents in units people read), `words` (a
+motion in sentences), `conformations` (latents as files of atoms), `points` (density, columns and
+error bars of particles that are drawn as points; selections as files).
+"""
+
+from .colors import CHAIN_COLORS
+from .conformations import decode_ensemble, fits_pdb_text, save_conformations
+from .motions import KIND_GROUPS, PrincipalMotions, compute_pca, latent_names, latent_table
+from .points import (
+    atom_uncertainty,
+    average_covariance,
+    component_errors,
+    decode_one,
+    particle_columns,
+    point_density,
+    save_selection,
+)
+from .words import describe_motion, motion_sentence
+
+__all__ = [
+    "CHAIN_COLORS",
+    "KIND_GROUPS",
+    "PrincipalMotions",
+    "atom_uncertainty",
+    "average_covariance",
+    "component_errors",
+    "compute_pca",
+    "decode_ensemble",
+    "decode_one",
+    "describe_motion",
+    "fits_pdb_text",
+    "latent_names",
+    "latent_table",
+    "motion_sentence",
+    "particle_columns",
+    "point_density",
+    "save_conformations",
+    "save_selection",
+]

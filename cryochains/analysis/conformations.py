@@ -1,0 +1,156 @@
+"""Conformations as files of atoms, for other programs: PDB, mmCIF, DCD and ChimeraX scripts."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import prody
+import torch
+from torch import Tensor
+
+from .._files import atomic_path
+from ..model import Model
+from ..molecule import Structure, chain_names, quiet_prody, write_structure
+from .colors import CHAIN_COLORS
+
+# What PDB text holds: one letter or digit a chain, five digits of a serial number.
+PDB_MAX_CHAINS = 62
+PDB_MAX_ATOMS = 99_999
+# ChimeraX ends a quoted file name at a quote before a space, and knows no escapes within: the
+# ensemble's name has what can always be quoted instead.
+CHIMERAX_NAME_CHARACTERS = str.maketrans({'"': "'", "\n": " ", "\r": " ", "\t": " "})
+
+
+@torch.no_grad()
+def decode_ensemble(model: Model, latents: Tensor) -> prody.Ensemble:
+    """ProDy ensemble of every atom at (m, p) `latents`; side chains and ligands move along.
+
+    Raises
+    ------
+    ValueError
+        For latents of another model, none, or some that are not finite.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> model = Model(load_structure("glua3-closed"), modes=None, box_size=32, pixel_size=5.0)
+    >>> decode_ensemble(model, torch.zeros(3, 12)).numConfs()
+    3
+    """
+    latents = torch.as_tensor(latents)
+    expected = ("m", model.n_latents)
+    if latents.ndim != 2 or latents.shape[1] != model.n_latents or not len(latents):
+        raise ValueError(
+            f"expected latents ({expected[0]}, {expected[1]}) of {model!r}, one row a "
+            f"conformation, got {tuple(latents.shape)}; try motions.traverse()"
+        )
+    if not torch.isfinite(latents).all():
+        raise ValueError("expected finite latents, got NaN or Inf; try leaving those out")
+    dynamics = model.dynamics.all_atoms()
+    ensemble = prody.Ensemble(model.structure.name)
+    ensemble.setAtoms(dynamics.structure.atoms)
+    ensemble.setCoords(dynamics.structure.coords)
+    ensemble.addCoordset(dynamics.decode(latents).double().cpu().numpy())
+    return ensemble
+
+
+def save_conformations(path: str | os.PathLike, model: Model, latents: Tensor) -> Path:
+    """Write the conformations at (m, p) `latents`, all atoms, in the format of the suffix.
+
+    Parameters
+    ----------
+    path : path
+        - .pdb or .cif: the conformations as models.
+        - .dcd: as frames. A DCD holds no names: open it on a file of the same atoms, which
+          ``model.structure.save`` writes.
+        - .cxc: a ChimeraX script and, beside it, the file of the same name that it opens (.pdb, or
+          .cif for what PDB text cannot hold). In an empty session it shows the chains in the
+          colours of this library's figures and a slider along the conformations. The two files
+          find each other wherever their folder is moved.
+    model : Model
+    latents : (m, p) tensor
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    ValueError
+        For another suffix, a folder that cannot be written, latents of another model, or a molecule
+        that the format cannot hold.
+    """
+    path = Path(path)
+    suffix = path.suffix
+    if suffix not in (".pdb", ".cif", ".dcd", ".cxc"):
+        raise ValueError(
+            f"expected a path that ends in .pdb, .cif, .dcd or .cxc, got {path.name}; "
+            f"try {path.stem or 'motion'}.pdb"
+        )
+    ensemble = decode_ensemble(model, latents)
+    if suffix == ".dcd":
+        with atomic_path(path) as part, quiet_prody():
+            prody.writeDCD(str(part), ensemble)
+    elif suffix == ".cxc":
+        _write_chimerax(path, model.structure, ensemble)
+    else:
+        _write_models(path, model.structure, ensemble)
+    return path
+
+
+def fits_pdb_text(n_chains: int, n_atoms: int) -> bool:
+    """Whether PDB text can hold so many chains and atoms; mmCIF can hold any number.
+
+    Examples
+    --------
+    >>> fits_pdb_text(62, 99_999), fits_pdb_text(63, 500)
+    (True, False)
+    """
+    return n_chains <= PDB_MAX_CHAINS and n_atoms <= PDB_MAX_ATOMS
+
+
+def _write_models(path: Path, structure: Structure, ensemble: prody.Ensemble) -> None:
+    models = structure.atoms.copy()
+    models.setCoords(ensemble.getCoordsets())
+    write_structure(models, structure.name, path)
+
+
+def _write_chimerax(path: Path, structure: Structure, ensemble: prody.Ensemble) -> None:
+    """The script at `path`, and the ensemble beside it."""
+    chids = structure.atoms.getChids()
+    in_pdb = fits_pdb_text(len(set(chids)), len(chids))
+    # mmCIF keeps the chains' own ids.
+    name_in_file = chain_names(structure.atoms) if in_pdb else {chid: chid for chid in chids}
+    name = path.with_suffix(".pdb" if in_pdb else ".cif").name.translate(CHIMERAX_NAME_CHARACTERS)
+    _write_models(path.with_name(name), structure, ensemble)
+    lines = [
+        f'open "{name}" coordset true',
+        "set bgColor white",
+        "hide atoms",
+        "cartoon",
+        "show ligand",
+        *_color_commands(structure, name_in_file),
+        "view",
+        "coordset slider #1",
+    ]
+    with atomic_path(path) as part:
+        part.write_text("\n".join([*lines, ""]))
+
+
+def _color_commands(structure: Structure, name_in_file: dict[str, str]) -> list[str]:
+    """A ChimeraX command for each chain of each body, that gives it the body's colour."""
+    chids = structure.atoms.getChids()
+    resnums = structure.atoms.getResnums()
+    commands = []
+    for body in range(structure.n_chains):
+        color = CHAIN_COLORS[body % len(CHAIN_COLORS)]
+        own = structure.atom_chain == body
+        for chid in dict.fromkeys(chids[own]):
+            atoms = f"#1/{name_in_file[chid]}"
+            if np.isin(chid, chids[~own]):
+                # A chain that several bodies share is coloured by residues.
+                numbers = dict.fromkeys(resnums[own & (chids == chid)].tolist())
+                atoms += ":" + ",".join(map(str, numbers))
+            commands.append(f"color {atoms} {color}")
+    return commands

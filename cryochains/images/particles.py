@@ -1,0 +1,534 @@
+"""Particle images with their poses, shifts and CTFs: index, split, batch, read and write.
+
+Symbols of the paper: I → images, R → `rotations`, t → `shifts`, PSF → `ctf`. Images stay on disk
+until a batch asks for them, and the order of particles never changes by itself.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._files import content_digest
+from . import relion
+from .ctf import CTF
+from .stacks import Images, Rows, positions
+
+# Largest deviation of an element of R Rᵀ and of the determinant from those of a rotation.
+ROTATION_TOLERANCE = 1e-3
+# Images read at a time while a stack is written.
+SAVED_CHUNK = 256
+
+
+class PerParticle(Protocol):
+    """Anything that holds one row a particle: ``len(it)``, and ``it[rows]`` as of an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> "PerParticle": ...
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some particles of a stack, read.
+
+    Attributes
+    ----------
+    rows : (b,) int64 tensor
+        Their positions in the stack.
+    images : (b, box, box) tensor or None
+        None where no images were asked for.
+    rotations : (b, 3, 3) tensor
+    shifts : (b, 2) tensor
+        Å.
+    ctf : (b, box, box//2 + 1) tensor or None
+        Evaluated.
+    """
+
+    rows: Tensor
+    images: Any
+    rotations: Tensor
+    shifts: Tensor
+    ctf: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def pose(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rotations, shifts and CTF: what a microscope takes after coordinates."""
+        return self.rotations, self.shifts, self.ctf
+
+
+@dataclass(frozen=True, eq=False)
+class _Origin:
+    """A .star file and what was read from it, to tell what was changed since."""
+
+    star: str
+    table: relion.ParticleTable
+    particles: "ParticleStack"
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class ParticleStack:
+    """Particle images with what is known of each.
+
+    Parameters
+    ----------
+    images : (n, box, box) array, tensor or Images
+        Protein-bright, square, with an even box. `Images` are read from their files when asked for.
+    rotations : (n, 3, 3) array
+        From the reference to the image: x' = R x, then a projection along z.
+    shifts : (n, 2) array, optional
+        (x, y) displacement of the projected molecule on the image, Å. Default zero.
+    pixel_size : float
+        Å.
+    ctf : CTF, optional
+        None: the images show the projection itself.
+    ids : (n,) array of str or int, optional
+        RELION's image names, by default numbers from 1.
+    rows : (n,) int array, optional
+        Row of each particle in the file it came from.
+    truth : PerParticle, optional
+        What a simulation knows of each particle: anything with ``len()`` and ``[rows]``.
+
+    Attributes
+    ----------
+    box_size : int
+    source : dict or None
+        How to open these particles again.
+
+    Raises
+    ------
+    ValueError
+        For images that are not square or have an odd box, numbers of particles that differ, ids
+        that are neither strings nor integers, or poses that are not rotations.
+
+    Examples
+    --------
+    >>> rotations = torch.eye(3).expand(10, 3, 3)
+    >>> particles = ParticleStack(torch.zeros(10, 32, 32), rotations, pixel_size=2.0)
+    >>> particles
+    ParticleStack(10 particles of 32 px × 2 Å, no CTF, in memory)
+    >>> train, validation, test = particles.split()
+    >>> len(train), len(validation), len(test)
+    (8, 1, 1)
+    >>> [len(batch) for batch in particles[::2].batches(batch_size=3)]
+    [3, 2]
+    """
+
+    images: Images
+    rotations: Tensor
+    shifts: Tensor
+    pixel_size: float
+    ctf: CTF | None
+    ids: np.ndarray
+    rows: np.ndarray
+    truth: PerParticle | None
+    # Columns of the file are written again as they were.
+    _origin: _Origin | None
+
+    def __init__(
+        self,
+        images: Images | Tensor | np.ndarray,
+        rotations: Tensor | np.ndarray,
+        shifts: Tensor | np.ndarray | None = None,
+        *,
+        pixel_size: float,
+        ctf: CTF | None = None,
+        ids: Sequence[str | int] | np.ndarray | Tensor | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
+        truth: PerParticle | None = None,
+        _origin: _Origin | None = None,
+    ) -> None:
+        images = _as_images(images)
+        if not pixel_size > 0:
+            raise ValueError(f"expected a positive pixel size in Å, got {pixel_size}")
+        n = len(images)
+        if shifts is None:
+            shifts = torch.zeros(n, 2)
+        if ids is None:
+            ids = [f"{number:06d}" for number in range(1, n + 1)]
+        if rows is None:
+            rows = range(n)
+        values = {
+            "images": images,
+            "rotations": torch.as_tensor(rotations, dtype=torch.float32),
+            "shifts": torch.as_tensor(shifts, dtype=torch.float32),
+            "pixel_size": float(pixel_size),
+            "ctf": ctf,
+            "ids": _as_ids(ids),
+            "rows": np.asarray(rows, dtype=np.int64),
+            "truth": truth,
+            "_origin": _origin,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check_shapes()
+        _check_rotations(self.rotations)
+        if not torch.isfinite(self.shifts).all():
+            raise ValueError(
+                "expected finite shifts in Å, got NaN or Inf; try zeros where they are unknown"
+            )
+
+    def _check_shapes(self) -> None:
+        n = len(self)
+        n_ctfs = n if self.ctf is None else len(self.ctf)
+        n_truths = n if self.truth is None else len(self.truth)
+        for name, got, expected in (
+            ("rotations", self.rotations.shape, (n, 3, 3)),
+            ("shifts", self.shifts.shape, (n, 2)),
+            ("ids", self.ids.shape, (n,)),
+            ("rows", self.rows.shape, (n,)),
+            ("CTFs", (n_ctfs,), (n,)),
+            ("truths", (n_truths,), (n,)),
+        ):
+            if tuple(got) != expected:
+                raise ValueError(
+                    f"expected {name} of shape {expected} for {n} images, got {tuple(got)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        paths = self.images.paths
+        source = paths[0].name if paths else "in memory"
+        source += f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        ctf = "no CTF" if self.ctf is None else "with CTF"
+        size = f"{self.box_size} px × {self.pixel_size:g} Å"
+        return f"ParticleStack({len(self)} particles of {size}, {ctf}, {source})"
+
+    @property
+    def box_size(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def columns(self) -> pd.DataFrame:
+        """n rows of the numbers that the .star file holds, such as rlnRandomSubset.
+
+        Without columns when the particles came from no file.
+        """
+        if self._origin is None:
+            return pd.DataFrame(index=range(len(self)))
+        table = self._origin.table.particles
+        # Columns of names are left out by their first row alone: there may be a million rows.
+        numeric = pd.to_numeric(table.iloc[0], errors="coerce").notna()
+        chosen = table.loc[:, numeric].iloc[self.rows].apply(pd.to_numeric, errors="coerce")
+        return chosen.dropna(axis=1).reset_index(drop=True)
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """How to open these particles again, as a dictionary that fits into JSON.
+
+        ``load_particles(source["star"], invert=source["invert"])[particles.rows]`` are the same
+        particles, without their `truth`. None when they came from no file, or their images, ids,
+        poses or CTFs are no longer those of the file.
+
+        Examples
+        --------
+        >>> particles = ParticleStack(torch.ones(4, 16, 16), torch.eye(3).expand(4, 3, 3),
+        ...                           pixel_size=2.0)
+        >>> particles.source is None
+        True
+        >>> particles.save("results/doc/four.star")
+        >>> source = load_particles("results/doc/four.star")[1:].source
+        >>> os.path.basename(source["star"]), source["invert"]
+        ('four.star', False)
+        """
+        if self._origin is None:
+            return None
+        as_read = self._origin.particles[self.rows]
+        same = (
+            _same_metadata(self, as_read)
+            and np.array_equal(self.ids, as_read.ids)
+            and self.images.same_as(as_read.images)
+        )
+        if not same:
+            return None
+        return {"star": self._origin.star, "invert": self.images.sign < 0}
+
+    def __getitem__(self, rows: Rows) -> "ParticleStack":
+        """The particles at these positions (int, slice, indices or mask), in this order.
+
+        Reads no image.
+        """
+        chosen = positions(rows, len(self))
+        names = ("images", "rotations", "shifts", "ctf", "ids", "rows", "truth")
+        known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: values[chosen] for name, values in known.items()})
+
+    def digest(self) -> str:
+        """Short hash of ids, poses, CTFs and the first image.
+
+        Tells the particles of an interrupted run from others.
+        """
+        return content_digest(self.metadata_digest(), self.read_images([0]))
+
+    def metadata_digest(self) -> str:
+        """Short hash of ids, poses and CTFs, for which no image is read.
+
+        The same in every interpreter: recognises particles that are opened again.
+
+        Examples
+        --------
+        >>> rotations = torch.eye(3).expand(2, 3, 3)
+        >>> particles = ParticleStack(torch.zeros(2, 8, 8), rotations, pixel_size=2.0)
+        >>> particles.metadata_digest() == particles[[0, 1]].metadata_digest()
+        True
+        >>> particles.metadata_digest() == particles[[1, 0]].metadata_digest()
+        False
+        """
+        return content_digest(
+            self.ids.tolist(),
+            self.box_size,
+            self.pixel_size,
+            self.rotations,
+            self.shifts,
+            *([] if self.ctf is None else self.ctf.values()),
+        )
+
+    def read_images(self, rows: Rows = slice(None)) -> Tensor:
+        """(n, box, box) float32 images at these positions; only they are read."""
+        return self.images[positions(rows, len(self))].read()
+
+    def batches(
+        self,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        progress: str | None = None,
+        images: bool = True,
+    ) -> Iterator[Batch]:
+        """Read the particles a batch at a time; memory does not grow with their number.
+
+        Parameters
+        ----------
+        batch_size : int
+        device : torch device, optional
+            Where the tensors go.
+        seed : int, optional
+            Shuffles the particles; None keeps their order. ``batch.rows`` says which they are.
+        progress : str, optional
+            Title of a progress bar; None shows none.
+        images : bool
+            False reads no image: ``batch.images`` is None.
+        """
+        if batch_size < 1:
+            raise ValueError(f"expected a batch size of 1 or more, got {batch_size}; try 64")
+        n = len(self)
+        order = np.arange(n) if seed is None else np.random.default_rng(seed).permutation(n)
+        with tqdm(total=n, desc=progress, unit="particle", disable=progress is None) as bar:
+            for start in range(0, n, batch_size):
+                rows = order[start : start + batch_size]
+                yield self._read_batch(rows, device, images)
+                bar.update(len(rows))
+
+    def _read_batch(
+        self, rows: np.ndarray, device: torch.device | str | None, images: bool
+    ) -> Batch:
+        index = torch.from_numpy(rows)
+        transfer = None
+        if self.ctf is not None:
+            transfer = self.ctf[index].evaluate(self.box_size, self.pixel_size, device)
+        return Batch(
+            rows=index.to(device),
+            images=self.read_images(rows).to(device) if images else None,
+            rotations=self.rotations[index].to(device),
+            shifts=self.shifts[index].to(device),
+            ctf=transfer,
+        )
+
+    def split(
+        self, train: float = 0.8, validation: float = 0.1, test: float = 0.1, seed: int = 0
+    ) -> tuple["ParticleStack", "ParticleStack", "ParticleStack"]:
+        """Three stacks that share no particle, drawn at random, each in the order of this one.
+
+        Raises
+        ------
+        ValueError
+            When a fraction is negative or they add up to more than 1.
+        """
+        fractions = np.array([train, validation, test], dtype=np.float64)
+        if (fractions < 0).any() or fractions.sum() > 1 + 1e-9:
+            raise ValueError(
+                f"expected fractions that add up to 1 or less, got {train}, {validation} and "
+                f"{test}; try 0.8, 0.1 and 0.1"
+            )
+        ends = np.round(np.cumsum(fractions) * len(self)).astype(int)
+        order = np.random.default_rng(seed).permutation(len(self))
+        first, second, third = np.split(order, ends)[:3]
+        return self[np.sort(first)], self[np.sort(second)], self[np.sort(third)]
+
+    def save(
+        self, path: str | os.PathLike, images: bool = True, progress: str | None = None
+    ) -> None:
+        """Write a RELION 3.1 .star file and the .mrcs with its images beside it, whole or neither.
+
+        Columns of the file the particles came from are kept as they were; poses, CTFs and pixel
+        size are written anew where they are no longer those of the file.
+
+        Parameters
+        ----------
+        path : path
+            Ends in .star.
+        images : bool
+            False writes the .star alone, which names the images where they are: a selection for
+            RELION.
+        progress : str, optional
+            Title of a progress bar; None shows none.
+
+        Raises
+        ------
+        ValueError
+            When the file cannot be written, or is the one that these images are read from.
+        """
+        star = relion.check_star_path(path)
+        if not len(self):
+            raise ValueError("expected at least one particle to save, got none")
+        if not images:
+            relion.write_table(star, self._blocks(relion.present_names(star, self.images)))
+            return
+        stack = star.with_suffix(".mrcs")
+        read_from = [source for source in self.images.paths if source.exists()]
+        if stack.exists() and any(stack.samefile(source) for source in read_from):
+            raise ValueError(
+                f"expected another name than {stack}, from which these images are read; "
+                "try a new one"
+            )
+        batches = self.batches(SAVED_CHUNK, progress=progress)
+        relion.write_table_and_stack(
+            star,
+            self._blocks(relion.image_names(stack.name, len(self))),
+            (batch.images for batch in batches if batch.images is not None),
+            n_images=len(self),
+            box_size=self.box_size,
+            pixel_size=self.pixel_size,
+        )
+
+    def _blocks(self, names: list[str]) -> dict:
+        """Blocks of a .star file in which the images have these names."""
+        origin = self._origin
+        # Images in memory may have another box: the optics of the file are then no longer true.
+        if origin and self.images.paths and _same_metadata(self, origin.particles[self.rows]):
+            return origin.table.select(self.rows, names)
+        fresh = relion.new_blocks(
+            names,
+            rotations=self.rotations,
+            shifts=self.shifts,
+            pixel_size=self.pixel_size,
+            box_size=self.box_size,
+            ctf=self.ctf,
+        )
+        return origin.table.select(self.rows, names, fresh) if origin else fresh
+
+
+def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleStack:
+    """Open the particles of a RELION .star file; images stay on disk.
+
+    Parameters
+    ----------
+    path : path
+        A .star file of RELION 3.1 or later (optics groups) or before (one table). Image names are
+        relative to its folder or to one above it.
+    invert : bool
+        True for images in which protein is dark.
+
+    Returns
+    -------
+    ParticleStack
+        One particle a row, in the order of the file; a file may name some of a stack's images
+        only. Without defocus columns, `ctf` is None.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For missing files or columns, rows without an image, truncated or odd stacks, several pixel
+        sizes.
+
+    Examples
+    --------
+    >>> rotations = torch.eye(3).expand(4, 3, 3)
+    >>> ParticleStack(torch.ones(4, 16, 16), rotations, pixel_size=2.0).save("results/doc/a.star")
+    >>> load_particles("results/doc/a.star")
+    ParticleStack(4 particles of 16 px × 2 Å, no CTF, a.mrcs)
+    """
+    table = relion.read_table(path)
+    pixel_size = table.pixel_size()
+    rotations, shifts = table.poses(pixel_size)
+    particles = ParticleStack(
+        table.images(sign=-1.0 if invert else 1.0),
+        rotations,
+        shifts,
+        pixel_size=pixel_size,
+        ctf=table.ctf(),
+        ids=table.particles["rlnImageName"].tolist(),
+    )
+    return replace(particles, _origin=_Origin(os.path.abspath(path), table, particles))
+
+
+def _as_images(images: Images | Tensor | np.ndarray) -> Images:
+    if not isinstance(images, Images):
+        images = torch.as_tensor(images, dtype=torch.float32)
+        if images.ndim != 3:
+            raise ValueError(
+                f"expected images of shape (n, box, box), got {tuple(images.shape)}; "
+                "try images[None]"
+            )
+        images = Images.in_memory(images)
+    _, height, width = images.shape
+    if height != width or width < 2 or width % 2:
+        raise ValueError(
+            f"expected square images with an even box, got {height} × {width} px; try cropping them"
+        )
+    return images
+
+
+def _as_ids(ids: Sequence[str | int] | np.ndarray | Tensor) -> np.ndarray:
+    """Object array of Python's strings and integers."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    # A copy: the ids of a stack do not change with an array of the caller.
+    array = np.array(ids, dtype=object)
+    if set(map(type, array.ravel().tolist())) <= {str, int}:
+        return array
+    for position, one in enumerate(array.flat):
+        if isinstance(one, str):
+            array.flat[position] = str(one)
+        elif isinstance(one, (int, np.integer)) and not isinstance(one, bool):
+            array.flat[position] = int(one)
+        else:
+            raise ValueError(
+                f"expected ids that are strings or integers, got {one!r} at position {position}; "
+                "try str of each"
+            )
+    return array
+
+
+def _same_metadata(particles: ParticleStack, others: ParticleStack) -> bool:
+    """Whether poses, pixel size and CTFs are the same numbers."""
+    if particles.pixel_size != others.pixel_size or (particles.ctf is None) != (others.ctf is None):
+        return False
+    pairs = [(particles.rotations, others.rotations), (particles.shifts, others.shifts)]
+    if particles.ctf is not None and others.ctf is not None:
+        pairs += zip(particles.ctf.values(), others.ctf.values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def _check_rotations(rotations: Tensor) -> None:
+    error = (rotations @ rotations.mT - torch.eye(3)).abs().amax(dim=(1, 2))
+    determinant = torch.linalg.det(rotations)
+    is_rotation = (error < ROTATION_TOLERANCE) & ((determinant - 1).abs() < ROTATION_TOLERANCE)
+    if not is_rotation.all():
+        row = int((~is_rotation).nonzero()[0])
+        raise ValueError(
+            f"expected rotations (R Rᵀ = 1, determinant 1), got one off by {error[row]:.2g} with "
+            f"determinant {determinant[row]:.3g} at position {row}; try the nearest rotation, "
+            "U Vᵀ of its singular value decomposition"
+        )

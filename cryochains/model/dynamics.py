@@ -1,0 +1,411 @@
+"""Latents → coordinates: normal modes (Eq. 1), rotation and translation of each chain.
+
+Symbols of the paper: α → mode weights, R → `rotvec` or rotation matrix, t → `translation`,
+X → `coords`.
+
+    X⁽ᶜ⁾ = R⁽ᶜ⁾ (X⁽ᶜ'⁰⁾ + Σ_k α_k U_k − com) + com + t⁽ᶜ⁾
+
+This is the one module that knows how latents are laid out: a flat vector z, chain by chain
+[modes, rotation vector, translation], each scaled so that **one unit moves its chain by about 1 Å
+(RMS)**. `scale` turns a unit into physical units: α in Å (Eq. 1, modes of unit norm), radians, Å.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from ..molecule import Modes, Structure
+
+KINDS = ("mode", "rotation", "translation")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ChainLayout:
+    """Where one chain is in the arrays: its atoms, and its latents of each kind.
+
+    The slice of a kind that is switched off is empty.
+    """
+
+    atoms: slice
+    mode: slice
+    rotation: slice
+    translation: slice
+
+    @property
+    def latents(self) -> slice:
+        """All latents of the chain."""
+        return slice(self.mode.start, self.translation.stop)
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of imaging atoms of the chain."""
+        return self.atoms.stop - self.atoms.start
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dynamics:
+    """How the chains of a structure move.
+
+    Parameters
+    ----------
+    structure : Structure
+        The reference conformation X⁽⁰⁾. Its bodies are the chains that move.
+    modes : Modes, optional
+        Normal modes of each body; None switches bending off (the paper's cR and cRT).
+    rotation, translation : bool
+        Switch the rigid motion of chains on or off (cN50: both off; cR: translation off).
+    device : torch.device
+        Where coordinates are computed; see `to`.
+
+    Raises
+    ------
+    ValueError
+        When nothing may move, or the modes are those of another structure.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure, compute_modes
+    >>> closed = load_structure("glua3-closed")
+    >>> dynamics = Dynamics(closed, compute_modes(closed, n_modes=10))
+    >>> dynamics
+    Dynamics('glua3-closed', 32 latents: mode, rotation, translation)
+    >>> reference = dynamics.decode(torch.zeros(1, 32))[0]
+    >>> bool(np.allclose(reference, closed.coords, atol=1e-4))
+    True
+    """
+
+    structure: Structure
+    modes: Modes | None = None
+    rotation: bool = True
+    translation: bool = True
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        if self.modes is None and not (self.rotation or self.translation):
+            raise ValueError(
+                "expected at least one of modes, rotation and translation, got none; "
+                "try rotation=True"
+            )
+        if self.modes is not None and self.modes.structure_hash != self.structure.content_hash:
+            raise ValueError(
+                f"expected modes of {self.structure!r}, got modes of another structure; "
+                "try compute_modes on this structure"
+            )
+
+    # How latents are laid out
+
+    @cached_property
+    def chains(self) -> tuple[ChainLayout, ...]:
+        """Layout of every chain."""
+        layouts = []
+        start = 0
+        for chain in range(self.structure.n_chains):
+            atoms = np.flatnonzero(self.structure.chain_index == chain)
+            n_modes = 0 if self.modes is None else len(self.modes.eigenvalues[chain])
+            rotation_start = start + n_modes
+            translation_start = rotation_start + 3 * self.rotation
+            end = translation_start + 3 * self.translation
+            layouts.append(
+                ChainLayout(
+                    atoms=slice(int(atoms[0]), int(atoms[-1]) + 1),
+                    mode=slice(start, rotation_start),
+                    rotation=slice(rotation_start, translation_start),
+                    translation=slice(translation_start, end),
+                )
+            )
+            start = end
+        return tuple(layouts)
+
+    @property
+    def n_latents(self) -> int:
+        """p, the length of z."""
+        return self.chains[-1].translation.stop
+
+    @cached_property
+    def latent_chain(self) -> np.ndarray:
+        """(p,) number of the chain of each latent."""
+        chain_of = np.empty(self.n_latents, dtype=int)
+        for chain, layout in enumerate(self.chains):
+            chain_of[layout.latents] = chain
+        return chain_of
+
+    @cached_property
+    def latent_kind(self) -> np.ndarray:
+        """(p,) "mode", "rotation" or "translation"."""
+        kind_of = np.empty(self.n_latents, dtype="<U11")
+        for layout in self.chains:
+            for kind in KINDS:
+                kind_of[getattr(layout, kind)] = kind
+        return kind_of
+
+    @cached_property
+    def scale(self) -> np.ndarray:
+        """(p,) physical units in one unit of z: Å of α, radians, Å."""
+        scale = np.ones(self.n_latents)
+        n_nodes = np.bincount(self.structure.node_chain)
+        for chain, layout in enumerate(self.chains):
+            # A unit-norm mode moves n nodes by 1/√n Å (RMS).
+            scale[layout.mode] = np.sqrt(n_nodes[chain])
+            # A turn by an angle moves the nodes by at most angle · radius. A lone residue has no
+            # radius, and its turn moves nothing.
+            scale[layout.rotation] = 1 / max(self.structure.radii[chain], 1.0)
+        return scale
+
+    # Tensors on the device
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """(n_atoms, 3) float32 coordinates in Å of the reference."""
+        return self._tensor(self.structure.coords)
+
+    @cached_property
+    def centers(self) -> Tensor:
+        """(n_chains, 3) float32, the point in Å that each chain turns about."""
+        return self._tensor(self.structure.centers)
+
+    @cached_property
+    def scale_tensor(self) -> Tensor:
+        """(p,) `scale` as a float32 tensor."""
+        return self._tensor(self.scale)
+
+    @cached_property
+    def mode_vectors(self) -> tuple[Tensor, ...]:
+        """Per chain (K, n_c, 3): what one unit of each mode's latent adds to its atoms, Å."""
+        return tuple(self._tensor(self._vectors(chain)) for chain in range(len(self.chains)))
+
+    def _vectors(self, chain: int) -> np.ndarray:
+        nodes = np.flatnonzero(self.structure.node_chain == chain)
+        # Every atom follows its residue's node: "ca", "heavy" and all atoms share their latents.
+        of_atom = self.structure.node_index[self.chains[chain].atoms] - nodes[0]
+        if self.modes is None:
+            return np.zeros((0, len(of_atom), 3))
+        return self.modes.vectors[chain][:, of_atom] * np.sqrt(len(nodes))
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        array = np.ascontiguousarray(values, dtype=np.float32)
+        return torch.from_numpy(array.copy()).to(self.device)
+
+    # Variants
+
+    def to(self, device: str | torch.device) -> "Dynamics":
+        """The same motions computed on another device; itself where it is there already."""
+        device = torch.device(device)
+        return self if device == self.device else replace(self, device=device)
+
+    def with_structure(self, structure: Structure) -> "Dynamics":
+        """The same motions on another set of atoms of the same molecule."""
+        return replace(self, structure=structure)
+
+    def all_atoms(self) -> "Dynamics":
+        """The same motions on every atom: side chains and ligands move with their residue."""
+        return self.with_structure(self.structure.all_atoms())
+
+    # Latents to coordinates
+
+    def bend(self, latents: Tensor, chain: int) -> Tensor:
+        """(b, n_c, 3) chain after Eq. 1 alone, relative to its centre of mass."""
+        layout = self.chains[chain]
+        x = (self.reference[layout.atoms] - self.centers[chain]).to(latents.dtype)
+        vectors = self.mode_vectors[chain].to(latents.dtype)
+        bending = latents[:, layout.mode] @ vectors.flatten(1)
+        return x + bending.view(len(latents), *x.shape)
+
+    def rotvecs(self, latents: Tensor, chain: int) -> Tensor:
+        """(b, 3) rotation vector of a chain in radians (zero where rotation is off)."""
+        if not self.rotation:
+            return latents.new_zeros(len(latents), 3)
+        layout = self.chains[chain]
+        return latents[:, layout.rotation] * self.scale_tensor[layout.rotation].to(latents.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(…, n_atoms, 3) coordinates in Å of (…, p) latents.
+
+        Raises
+        ------
+        ValueError
+            When the latents are not of this model's length.
+        """
+        if latents.shape[-1] != self.n_latents:
+            raise ValueError(
+                f"expected latents of length {self.n_latents}, got {latents.shape[-1]}; "
+                "try the model that they are of"
+            )
+        flat = latents.to(self.device).reshape(-1, self.n_latents)
+        parts = []
+        for chain, layout in enumerate(self.chains):
+            x = self.bend(flat, chain)
+            if self.rotation:
+                x = x @ rotvec_to_matrix(self.rotvecs(flat, chain)).transpose(1, 2)
+            x = x + self.centers[chain].to(x.dtype)
+            if self.translation:
+                x = x + flat[:, layout.translation].unsqueeze(1)
+            parts.append(x)
+        return torch.cat(parts, dim=1).view(*latents.shape[:-1], *self.reference.shape)
+
+    def tangents(self, latents: Tensor, chain: int, frame: Tensor | None = None) -> Tensor:
+        """(b, p_c, n_c, d) derivative of a chain's coordinates by each of its latents.
+
+        `frame` (b, d, 3) maps the derivative into other axes, such as the two rows of a global
+        rotation that span the image; None keeps x, y, z.
+        """
+        layout = self.chains[chain]
+        b = len(latents)
+        rotvecs = self.rotvecs(latents, chain)
+        if frame is None:
+            frame = torch.eye(3, dtype=latents.dtype, device=latents.device).expand(b, 3, 3)
+        frame = frame.to(latents.dtype)
+        d = frame.shape[1]
+        turned = frame @ rotvec_to_matrix(rotvecs)
+        vectors = self.mode_vectors[chain].to(latents.dtype)
+        bending = vectors.view(-1, 3) @ turned.transpose(1, 2)
+        parts = [bending.view(b, -1, layout.n_atoms, d)]
+        if self.rotation:
+            # d(Rx)/dω_i = R [J_i]× x with J the right Jacobian of SO(3) (Solà 2018, eq. 143).
+            jacobian = _right_jacobian(rotvecs)
+            jacobian = jacobian * self.scale_tensor[layout.rotation.start].to(latents.dtype)
+            columns = jacobian.transpose(1, 2).reshape(-1, 3)
+            step = turned.unsqueeze(1) @ _cross_matrix(columns).view(b, 3, 3, 3)
+            parts.append(self.bend(latents, chain).unsqueeze(1) @ step.transpose(2, 3))
+        if self.translation:
+            shift = frame.transpose(1, 2).unsqueeze(2)
+            parts.append(shift.expand(b, 3, layout.n_atoms, d))
+        return torch.cat(parts, dim=1)
+
+    def gram(self, latents: Tensor) -> Tensor:
+        """(b, p, p) matrix DᵀD of D = ∂coords/∂z.
+
+        It turns a covariance of z into squared Å, summed over atoms.
+        """
+        gram = latents.new_zeros(len(latents), self.n_latents, self.n_latents)
+        for chain, layout in enumerate(self.chains):
+            tangents = self.tangents(latents, chain).flatten(2)
+            gram[:, layout.latents, layout.latents] = tangents @ tangents.transpose(1, 2)
+        return gram
+
+    # Coordinates to latents, and other frames
+
+    def fit(self, coords: Tensor | np.ndarray, n_steps: int = 30) -> Tensor:
+        """(m, p) latents whose coordinates are nearest to (m, n_atoms, 3) `coords`, least squares.
+
+        Gauss–Newton in float64. What remains is the manifold floor: what no latent of this model
+        can express.
+
+        Examples
+        --------
+        >>> from cryochains import load_structure
+        >>> rigid = Dynamics(load_structure("glua3-closed"))
+        >>> z = torch.randn(3, rigid.n_latents)
+        >>> bool(torch.allclose(rigid.fit(rigid.decode(z)), z, atol=1e-2))
+        True
+        """
+        coords = torch.as_tensor(np.asarray(coords), device=self.device).double()
+        if coords.ndim != 3 or coords.shape[1:] != self.reference.shape:
+            raise ValueError(
+                f"expected coordinates (m, {len(self.reference)}, 3), got {tuple(coords.shape)}; "
+                "try coords[None]"
+            )
+        latents = coords.new_zeros(len(coords), self.n_latents)
+        for _ in range(n_steps):
+            residual = coords - self.decode(latents)
+            step = torch.zeros_like(latents)
+            for chain, layout in enumerate(self.chains):
+                tangents = self.tangents(latents, chain).flatten(2)
+                normal = tangents @ tangents.transpose(1, 2)
+                right = tangents @ residual[:, layout.atoms].flatten(1).unsqueeze(-1)
+                # Turning about the axis of collinear nodes moves nothing: the ridge keeps it at 0.
+                ridge = 1e-9 * normal.diagonal(dim1=1, dim2=2).mean()
+                ridge = ridge * torch.eye(normal.shape[-1]).to(normal)
+                step[:, layout.latents] = torch.linalg.solve(normal + ridge, right).squeeze(-1)
+            latents = latents + step
+            if step.abs().max() < 1e-6:
+                break
+        return latents.float()
+
+    def relative_to(self, latents: Tensor, chain: str) -> Tensor:
+        """(n, p) latents of the same conformations seen from one chain.
+
+        The turn and shift of that chain become zero. A rotation or shift that all chains share is a
+        pose change and not a conformation: this takes it out.
+
+        Raises
+        ------
+        ValueError
+            For an unknown chain, or when chains do not both turn and shift in this model.
+
+        Examples
+        --------
+        >>> from cryochains import load_structure
+        >>> dynamics = Dynamics(load_structure("glua3-closed"))
+        >>> from_a = dynamics.relative_to(torch.randn(5, 12), "A")
+        >>> bool(from_a[:, :6].abs().max() < 1e-4)
+        True
+        """
+        ids = self.structure.chain_ids
+        if chain not in ids:
+            raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}")
+        if not (self.rotation and self.translation):
+            raise ValueError(
+                "expected a model whose chains turn and shift, got one with either switched off; "
+                "try rotation=True and translation=True"
+            )
+        latents = latents.to(self.device)
+        base = ids.index(chain)
+        base_shift = latents[:, self.chains[base].translation]
+        back = rotvec_to_matrix(self.rotvecs(latents, base)).transpose(1, 2)
+        moved = latents.clone()
+        for number, layout in enumerate(self.chains):
+            turn = back @ rotvec_to_matrix(self.rotvecs(latents, number))
+            rotvecs = Rotation.from_matrix(turn.double().cpu().numpy()).as_rotvec()
+            offset = self.centers[number] - self.centers[base]
+            shift = offset + latents[:, layout.translation] - base_shift
+            moved[:, layout.rotation] = torch.from_numpy(rotvecs / self.scale[layout.rotation]).to(
+                moved
+            )
+            moved[:, layout.translation] = (back @ shift.unsqueeze(-1)).squeeze(-1) - offset
+        return moved
+
+    def __repr__(self) -> str:
+        present = ", ".join(kind for kind in KINDS if (self.latent_kind == kind).any())
+        return f"Dynamics({self.structure.name!r}, {self.n_latents} latents: {present})"
+
+
+def rotvec_to_matrix(rotvec: Tensor) -> Tensor:
+    """(b, 3, 3) rotation matrix of (b, 3) rotation vectors in radians (Rodrigues' formula).
+
+    Differentiable at zero.
+    """
+    cross = _cross_matrix(rotvec)
+    squared = (rotvec * rotvec).sum(-1)[:, None, None]
+    small = squared < 1e-6
+    half = torch.where(small, torch.ones_like(squared), squared).sqrt() / 2
+    # sin θ/θ and (1 − cos θ)/θ² = ½ (sin(θ/2)/(θ/2))², which does not cancel.
+    first = torch.where(small, 1 - squared / 6, (2 * half).sin() / (2 * half))
+    second = torch.where(small, 0.5 - squared / 24, 0.5 * (half.sin() / half) ** 2)
+    identity = torch.eye(3, dtype=rotvec.dtype, device=rotvec.device)
+    return identity + first * cross + second * (cross @ cross)
+
+
+def _cross_matrix(vector: Tensor) -> Tensor:
+    """(b, 3, 3) matrix [v]× with [v]× x = v × x."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    rows = [zero, -z, y, z, zero, -x, -y, x, zero]
+    return torch.stack(rows, dim=-1).view(-1, 3, 3)
+
+
+def _right_jacobian(rotvec: Tensor) -> Tensor:
+    """(b, 3, 3) J with exp([ω + δ]×) ≈ exp([ω]×) exp([J δ]×)."""
+    squared = (rotvec * rotvec).sum(-1)[:, None, None]
+    small = squared < 1e-6
+    safe = torch.where(small, torch.ones_like(squared), squared)
+    angle = safe.sqrt()
+    first = torch.where(small, 0.5 - squared / 24, (1 - angle.cos()) / safe)
+    second = torch.where(small, 1 / 6 - squared / 120, (angle - angle.sin()) / (safe * angle))
+    cross = _cross_matrix(rotvec)
+    identity = torch.eye(3, dtype=rotvec.dtype, device=rotvec.device)
+    return identity - first * cross + second * (cross @ cross)

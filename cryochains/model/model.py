@@ -1,0 +1,254 @@
+"""Everything fixed about an experiment: the molecule, how it may move, and the microscope."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._files import content_digest
+from ..images import ParticleStack
+from ..molecule import Modes, Structure, compute_modes
+from .dynamics import Dynamics
+from .microscope import Microscope, require_fit_in_box
+
+# What each part of a fingerprint is called where it differs.
+PART_NAMES = {
+    "structure": "structure or bodies",
+    "atoms": "imaging atoms",
+    "switches": "number of modes, or whether chains turn and shift",
+    "modes": "modes",
+    "origin": "origin",
+    "sigma": "width of an atom (sigma)",
+    "box_size": "box size",
+    "pixel_size": "pixel size",
+}
+# Numbers of a fingerprint agree to this: machines differ in the last digits of a mode.
+FINGERPRINT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class Model:
+    """A molecule whose chains move, seen by a microscope. Nothing in it learns or changes.
+
+    Parameters
+    ----------
+    structure : Structure
+        The reference conformation X⁽⁰⁾, whose bodies move.
+    particles : ParticleStack, optional
+        Whose box and pixel size the images have; or give `box_size` and `pixel_size`.
+    modes : int or sequence of int or Modes or None
+        How many normal modes bend a chain, of all chains alike or one number a chain; or modes that
+        `compute_modes` gave. None or 0 for rigid chains.
+    rotation, translation : bool
+        Whether chains turn and shift. With `modes` these are the paper's ablations: cN50 is
+        ``rotation=False, translation=False``; cR is ``modes=None, translation=False``; cRT is
+        ``modes=None``; N100 is ``Model(structure.as_one_body(), particles, modes=100,
+        rotation=False, translation=False)``.
+    sigma : float, optional
+        Width of an atom's Gaussian in Å, by default ``max(2.0, 0.8 · pixel_size)``.
+    box_size, pixel_size
+        Of the images, px and Å, where no `particles` are given.
+
+    Attributes
+    ----------
+    structure : Structure
+    dynamics : Dynamics
+        Latents ↔ coordinates.
+    microscope : Microscope
+        Coordinates → images.
+
+    Raises
+    ------
+    ValueError
+        When nothing may move, the molecule does not fit the box, or the box is not known.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> model = Model(load_structure("glua3-closed"), modes=4, box_size=32, pixel_size=5.0)
+    >>> model
+    Model('glua3-closed', chains A B, 20 latents: mode, rotation, translation; 32 px × 5 Å)
+    >>> model.render(torch.zeros(3, 20), torch.eye(3).expand(3, 3, 3)).shape
+    torch.Size([3, 32, 32])
+    """
+
+    structure: Structure
+    dynamics: Dynamics
+    microscope: Microscope
+
+    def __init__(
+        self,
+        structure: Structure,
+        particles: ParticleStack | None = None,
+        *,
+        modes: Modes | int | Sequence[int] | None = 50,
+        rotation: bool = True,
+        translation: bool = True,
+        sigma: float | None = None,
+        box_size: int | None = None,
+        pixel_size: float | None = None,
+    ) -> None:
+        box_size, pixel_size = _image_size(particles, box_size, pixel_size)
+        microscope = Microscope(structure.weights, box_size, pixel_size, structure.origin, sigma)
+        require_fit_in_box(structure.coords, structure.origin, box_size, pixel_size)
+        if modes is not None and not isinstance(modes, Modes):
+            modes = None if _is_zero(modes) else compute_modes(structure, n_modes=modes)
+        self._set(Dynamics(structure, modes, rotation, translation), microscope)
+
+    def _set(self, dynamics: Dynamics, microscope: Microscope) -> None:
+        object.__setattr__(self, "structure", dynamics.structure)
+        object.__setattr__(self, "dynamics", dynamics)
+        object.__setattr__(self, "microscope", microscope)
+
+    @property
+    def modes(self) -> Modes | None:
+        """Normal modes of every chain, None where chains are rigid."""
+        return self.dynamics.modes
+
+    @property
+    def n_latents(self) -> int:
+        """p, numbers that describe one conformation."""
+        return self.dynamics.n_latents
+
+    @property
+    def box_size(self) -> int:
+        """Pixels a side of the images."""
+        return self.microscope.box_size
+
+    @property
+    def pixel_size(self) -> float:
+        """Å a pixel."""
+        return self.microscope.pixel_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this model computes; verbs move it with `to`."""
+        return self.dynamics.device
+
+    def to(self, device: str | torch.device) -> "Model":
+        """The same model computed on another device; itself where it is there already."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved = object.__new__(Model)
+        moved._set(self.dynamics.to(device), self.microscope.to(device))
+        return moved
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(…, n_atoms, 3) coordinates in Å of (…, p) latents."""
+        return self.dynamics.decode(latents)
+
+    def render(
+        self,
+        latents: Tensor,
+        rotations: Tensor,
+        shifts: Tensor | None = None,
+        ctf: Tensor | None = None,
+    ) -> Tensor:
+        """(b, box, box) noise-free images of (b, p) latents at the given poses, at brightness 1."""
+        return self.microscope.render(self.decode(latents), rotations, shifts, ctf)
+
+    @cached_property
+    def fingerprint(self) -> dict:
+        """All that gives latents and brightness their meaning, as short texts and numbers.
+
+        JSON-able. `require_same_model` compares two and says which part differs.
+        """
+        microscope, structure = self.microscope, self.structure
+        # To a thousandth of an Å, as files have them.
+        atoms = np.round(1000 * structure.coords).astype("<i8")
+        weights = np.round(1000 * structure.weights).astype("<i8")
+        n_modes = "none" if self.modes is None else str(self.modes.n_modes)
+        dynamics = self.dynamics
+        return {
+            "structure": structure.content_hash,
+            "atoms": content_digest(atoms, weights),
+            "switches": f"modes {n_modes}, {dynamics.rotation}, {dynamics.translation}",
+            "modes": [] if self.modes is None else _mode_numbers(self.modes),
+            "origin": microscope.origin.tolist(),
+            "sigma": microscope.width,
+            "box_size": microscope.box_size,
+            "pixel_size": microscope.pixel_size,
+        }
+
+    def __repr__(self) -> str:
+        chains = " ".join(self.structure.chain_ids)
+        latents = repr(self.dynamics).split(", ", 1)[1].removesuffix(")")
+        size = f"{self.box_size} px × {self.pixel_size:g} Å"
+        return f"Model({self.structure.name!r}, chains {chains}, {latents}; {size})"
+
+
+def require_same_model(model: Model, fingerprint: Mapping, what: str) -> None:
+    """Raise ValueError when `fingerprint` is not that of `model`, with the parts that differ.
+
+    `what` says what the fingerprint belongs to, such as "a population".
+    """
+    own = model.fingerprint
+    differing = [
+        name for key, name in PART_NAMES.items() if not _same_part(own[key], fingerprint.get(key))
+    ]
+    if differing:
+        raise ValueError(
+            f"expected {what} of {model!r}, got one of another model: what differs is its "
+            f"{'; its '.join(differing)}; try the model that it was made with"
+        )
+
+
+def require_same_images(model: Model, particles: ParticleStack) -> None:
+    """Raise ValueError when `particles` are none, or of another box or pixel size."""
+    if not len(particles):
+        raise ValueError("expected at least one particle, got none; try another selection or split")
+    same_box = particles.box_size == model.box_size
+    if not same_box or abs(particles.pixel_size - model.pixel_size) > 1e-3:
+        raise ValueError(
+            f"expected particles of {model.box_size} px × {model.pixel_size:g} Å, got "
+            f"{particles.box_size} px × {particles.pixel_size:g} Å; try Model(structure, particles)"
+        )
+
+
+def _image_size(
+    particles: ParticleStack | None, box_size: int | None, pixel_size: float | None
+) -> tuple[int, float]:
+    if particles is not None:
+        if box_size is not None or pixel_size is not None:
+            raise ValueError(
+                "expected either particles, or box_size and pixel_size, got both; "
+                "try Model(structure, particles)"
+            )
+        return particles.box_size, particles.pixel_size
+    if box_size is None or pixel_size is None:
+        raise ValueError(
+            "expected particles, or box_size and pixel_size, got neither; "
+            "try Model(structure, particles)"
+        )
+    return box_size, pixel_size
+
+
+def _is_zero(modes: int | Sequence[int]) -> bool:
+    return not isinstance(modes, Sequence) and modes == 0
+
+
+def _mode_numbers(modes: Modes) -> list[float]:
+    """A number a mode: its product with one fixed direction, which other modes do not share.
+
+    Numbers and no hash, since two machines compute a mode to within rounding.
+    """
+    numbers = []
+    for vectors in modes.vectors:
+        n_nodes = vectors.shape[1]
+        direction = np.cos(1.0 + 12.9898 * np.arange(3 * n_nodes))
+        products = vectors.reshape(len(vectors), -1) @ direction
+        numbers += products.round(6).tolist()
+    return numbers
+
+
+def _same_part(a: object, b: object) -> bool:
+    if isinstance(a, str) or isinstance(b, str) or b is None:
+        return a == b
+    first, second = np.atleast_1d(np.asarray(a)), np.atleast_1d(np.asarray(b))
+    if first.shape != second.shape:
+        return False
+    return bool(np.allclose(first, second, rtol=0, atol=FINGERPRINT_TOLERANCE))

@@ -1,0 +1,219 @@
+"""What all particles share: the distribution of their latents, the noise, and the brightness.
+
+Symbols: μ → `mean`, Σ → `covariance`, σ → `noise_std`; λ, the modes' eigenvalues, set the elastic
+prior.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._files import load_tensors, save_tensors
+from .dynamics import KINDS, Dynamics
+from .model import Model, require_same_model
+
+# Spread a chain is thought to have before any image was seen: RMS Å of each kind of motion.
+START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
+# Å, neighbours along a chain are not thought to part by more along one mode: a bond's length.
+MAX_BOND_STRETCH = 4.0
+# Å, nodes of a chain that are nearer are neighbours along it.
+BONDED_DISTANCE = 8.0
+# What is thought of the variances before any image was seen counts as much as so many particles.
+PRIOR_PARTICLES = 20
+PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
+POPULATION_KIND = "population"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Population:
+    """What all particles share: the distribution of their latents, the noise, and the brightness.
+
+    Attributes
+    ----------
+    mean : (p,) float64 tensor
+        In latent units (1 unit ≈ 1 Å).
+    covariance : (p, p) float64 tensor
+    noise_std : float
+        Of a pixel, in the images' grey levels.
+    contrast : float
+        Brightness of the images over the model's.
+    fingerprint : dict
+        Of the model whose latents these are; see `Model.fingerprint`.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    noise_std: float
+    contrast: float
+    fingerprint: dict
+
+    def __post_init__(self) -> None:
+        p = len(self.mean)
+        if tuple(self.mean.shape) != (p,) or tuple(self.covariance.shape) != (p, p):
+            raise ValueError(
+                "expected a mean (p,) and a covariance (p, p) of the latents, got "
+                f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}; try those of one "
+                "model"
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, whole or not at all; it holds no coordinates."""
+        meta = {"kind": POPULATION_KIND, **self.description()}
+        save_tensors(path, self.tensors(), meta)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps of it as tensors."""
+        return {"mean": self.mean, "covariance": self.covariance}
+
+    def description(self) -> dict:
+        """What a file keeps of it as JSON."""
+        names = ("noise_std", "contrast", "fingerprint")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], meta: dict) -> "Population":
+        """The population that `tensors` and `description` describe."""
+        return cls(
+            tensors["mean"],
+            tensors["covariance"],
+            meta["noise_std"],
+            meta["contrast"],
+            meta["fingerprint"],
+        )
+
+    def __repr__(self) -> str:
+        spread = float(self.covariance.diagonal().sum().sqrt())
+        size = f"{len(self.mean)} latents, spread {spread:.2f} Å"
+        return f"Population({size}, noise {self.noise_std:.3g})"
+
+
+def load_population(name: str | os.PathLike) -> Population:
+    """A population that was learned before: start `refine` with it.
+
+    Parameters
+    ----------
+    name : str or path
+        "glua3", which comes with the package (synthetic particles, see its card beside it in
+        ``cryochains/data``), or a file that ``Population.save`` wrote.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For an unknown name, or a file that holds no population.
+
+    Examples
+    --------
+    >>> load_population("glua3")
+    Population(52 latents, spread ... Å, noise ...)
+    """
+    known = sorted(path.stem for path in PRETRAINED_FOLDER.glob("*.safetensors"))
+    path = PRETRAINED_FOLDER / f"{name}.safetensors" if str(name) in known else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a population of {', '.join(known)}, or a file of one, got {str(name)!r}; "
+            "try a full path"
+        )
+    tensors, meta = load_tensors(path, POPULATION_KIND)
+    try:
+        return Population.restore(tensors, meta)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a population file, got one that is damaged at {path} "
+            f"({type(error).__name__}: {error}); try another copy of it"
+        ) from error
+
+
+def require_population(model: Model, population: Population) -> None:
+    """Raise ValueError when `population` is not one of the latents of `model`."""
+    require_same_model(model, population.fingerprint, "a population")
+    if len(population.mean) != model.n_latents:
+        raise ValueError(
+            f"expected a population of {model.n_latents} latents, got {len(population.mean)}; "
+            "try the model that it was made with"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ElasticPrior:
+    """What is thought of the latents before any image is seen; made by `elastic_prior`.
+
+    Attributes
+    ----------
+    variance : (p,) float64 tensor
+        Å²; see `elastic_variance`.
+    limit : (p,) float64 tensor
+        Å; see `mode_limit`.
+    kinds : tuple of (p,) bool tensors
+        Which latents are of each kind that this model has.
+    """
+
+    variance: Tensor
+    limit: Tensor
+    kinds: tuple[Tensor, ...]
+
+
+def elastic_prior(dynamics: Dynamics) -> ElasticPrior:
+    """The prior's constants, on the device of `dynamics`."""
+    masks = [torch.from_numpy(dynamics.latent_kind == kind) for kind in KINDS]
+    return ElasticPrior(
+        elastic_variance(dynamics).to(dynamics.device),
+        mode_limit(dynamics).to(dynamics.device),
+        tuple(mask.to(dynamics.device) for mask in masks if mask.any()),
+    )
+
+
+def elastic_variance(dynamics: Dynamics) -> Tensor:
+    """(p,) variance in Å² of each latent before any image was seen.
+
+    1/λ for modes, the same for every direction of rigid motion; no more than `mode_limit` squared.
+    """
+    variance = np.ones(dynamics.n_latents)
+    for chain, layout in enumerate(dynamics.chains):
+        if dynamics.modes is not None:
+            softness = 1 / dynamics.modes.eigenvalues[chain]
+            variance[layout.mode] = START_SPREAD["mode"] ** 2 * softness / softness.sum()
+        variance[layout.rotation] = START_SPREAD["rotation"] ** 2 / 3
+        variance[layout.translation] = START_SPREAD["translation"] ** 2 / 3
+    return torch.from_numpy(variance).minimum(mode_limit(dynamics).square())
+
+
+def mode_limit(dynamics: Dynamics) -> Tensor:
+    """(p,) Å, how far each latent goes before neighbours along a chain part by a bond's length.
+
+    Infinite for rigid motion. A soft mode of a few residues, such as a loose end, would otherwise
+    carry them anywhere: a bond costs a linear mode nothing, and images say little of few residues.
+    """
+    limit = torch.full((dynamics.n_latents,), torch.inf, dtype=torch.float64)
+    if dynamics.modes is None:
+        return limit
+    structure = dynamics.structure
+    for chain, layout in enumerate(dynamics.chains):
+        nodes = structure.node_coords[structure.node_chain == chain]
+        bonded = np.linalg.norm(np.diff(nodes, axis=0), axis=1) < BONDED_DISTANCE
+        # One unit of a latent moves its chain by 1 Å (RMS), a vector of norm √n.
+        vectors = dynamics.modes.vectors[chain] * np.sqrt(len(nodes))
+        stretch = np.linalg.norm(np.diff(vectors, axis=1)[:, bonded], axis=-1)
+        limit[layout.mode] = torch.from_numpy(MAX_BOND_STRETCH / stretch.max(-1, initial=1e-9))
+    return limit
+
+
+def shrink_covariance(scatter: Tensor, n: int, prior: ElasticPrior) -> Tensor:
+    """(p, p) covariance from a `scatter` summed over `n` particles, shrunk towards the prior.
+
+    The inverse-Wishart maximum a posteriori with p prior degrees of freedom. The prior's amplitude,
+    one a kind of latent, is that of the particles themselves: only its shape (soft modes move more,
+    latents are independent) counts.
+    """
+    p = len(scatter)
+    observed = scatter.diagonal()
+    target = prior.variance.clone()
+    for of_kind in prior.kinds:
+        target[of_kind] *= (observed[of_kind] / n).sum() / target[of_kind].sum()
+    # Variances are soon the particles' own; what p² correlations would say by chance takes p
+    # particles to believe.
+    target = (observed + PRIOR_PARTICLES * target) / (n + PRIOR_PARTICLES)
+    return (scatter + p * target.diag()) / (n + p)

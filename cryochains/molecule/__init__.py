@@ -1,0 +1,48 @@
+"""The molecule: structures and their files, matching and morphs, normal modes, screw motions.
+
+Modules, each importing only from those before it:
+
+- `residues`: nodes of the elastic network, scattering, which node an atom moves with
+- `sources`: atoms from an embedded example, a file, a PDB id or ProDy
+- `writing`: atoms to PDB text and mmCIF
+- `structure`: `Structure`, a molecule as bodies that move
+- `superposition`: superposition of two conformations, and a morph between them
+- `pairing`: which body and which residue of one structure is which of another
+- `matching`: two structures cut down to what they share
+- `modes`: normal modes of the elastic network
+- `screws`: the change between two conformations as axis, angle, shift and bending
+- `storage`: structures and modes as arrays and JSON
+"""
+
+from .matching import Match, match_structures
+from .modes import Modes, compute_modes, find_chain
+from .screws import Screw, change_sentence, describe_change, screw_motion
+from .sources import quiet_prody
+from .storage import pack_modes, pack_structure, unpack_modes, unpack_structure
+from .structure import Structure, load_structure
+from .superposition import morph, rigid_fit, superpose
+from .writing import chain_names, write_structure
+
+__all__ = [
+    "Match",
+    "Modes",
+    "Screw",
+    "Structure",
+    "chain_names",
+    "change_sentence",
+    "compute_modes",
+    "describe_change",
+    "find_chain",
+    "load_structure",
+    "match_structures",
+    "morph",
+    "pack_modes",
+    "pack_structure",
+    "quiet_prody",
+    "rigid_fit",
+    "screw_motion",
+    "superpose",
+    "unpack_modes",
+    "unpack_structure",
+    "write_structure",
+]

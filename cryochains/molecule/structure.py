@@ -1,0 +1,403 @@
+"""A molecule as bodies that move: chains by default, each with its atoms and its network nodes.
+
+Symbols of the paper: X⁽⁰⁾ → `Structure.coords`, N → `n_atoms`, com of a chain → `centers`; the
+chain of an atom is `chain_index`. Coordinates are (n, 3) in Å. Three sets of atoms share one list:
+all atoms (`atoms`, for export), the imaging atoms (`rows`) that scatter in a simulated image, and
+the nodes (`node_rows`), one a residue, that the normal modes are computed on. Every atom moves with
+one node.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import prody
+from scipy.spatial import cKDTree
+
+from .residues import (
+    assign_nodes,
+    atomic_numbers,
+    find_nodes,
+    residue_ids,
+    residue_scattering,
+)
+from .sources import quiet_prody, read_atoms, select_rows
+from .writing import write_structure
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Bodies, atoms and nodes of one molecule; made by `load_structure`, never changed in place.
+
+    Attributes
+    ----------
+    name
+        "6UO8", "glua3-open", or the file's stem.
+    atoms
+        All atoms of the bodies, ligands included and water not, body by body.
+    chain_ids
+        Names of the bodies.
+    atom_chain
+        (n_all,) body of every atom of `atoms`, non-decreasing.
+    atom_node
+        (n_all,) node that every atom moves with.
+    rows
+        (n_atoms,) which of `atoms` are imaging atoms, increasing.
+    node_rows
+        (n_nodes,) which of `atoms` are nodes (Cα, or P of nucleotides), increasing.
+    weights
+        (n_atoms,) scattering of every imaging atom, mean 1.
+    origin
+        (3,) Å, the point of the structure at the centre of the box.
+    in_given_order
+        Whether the bodies stand in an order that the user asked for by `chains`.
+    """
+
+    name: str
+    atoms: prody.AtomGroup
+    chain_ids: tuple[str, ...]
+    atom_chain: np.ndarray
+    atom_node: np.ndarray
+    rows: np.ndarray
+    node_rows: np.ndarray
+    weights: np.ndarray
+    origin: np.ndarray
+    in_given_order: bool = False
+
+    @cached_property
+    def coords(self) -> np.ndarray:
+        """(n_atoms, 3) Å, imaging atoms."""
+        return self.atoms.getCoords()[self.rows]
+
+    @cached_property
+    def node_coords(self) -> np.ndarray:
+        """(n_nodes, 3) Å, elastic-network nodes."""
+        return self.atoms.getCoords()[self.node_rows]
+
+    @cached_property
+    def chain_index(self) -> np.ndarray:
+        """(n_atoms,) body of every imaging atom."""
+        return self.atom_chain[self.rows]
+
+    @cached_property
+    def node_index(self) -> np.ndarray:
+        """(n_atoms,) node that every imaging atom moves with."""
+        return self.atom_node[self.rows]
+
+    @cached_property
+    def node_chain(self) -> np.ndarray:
+        """(n_nodes,) body of every node."""
+        return self.atom_chain[self.node_rows]
+
+    @cached_property
+    def resnums(self) -> np.ndarray:
+        """(n_atoms,) author's residue number of every imaging atom."""
+        return self.atoms.getResnums()[self.rows]
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of imaging atoms."""
+        return len(self.rows)
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes: residues of the polymer."""
+        return len(self.node_rows)
+
+    @property
+    def n_chains(self) -> int:
+        """Number of bodies."""
+        return len(self.chain_ids)
+
+    @cached_property
+    def centers(self) -> np.ndarray:
+        """(n_chains, 3) Å, mean of each body's nodes.
+
+        Nodes, one a residue and of equal mass as in the elastic network, whatever the imaging atoms
+        are: "ca", "heavy" and all-atom export then turn about the same point.
+        """
+        means = [self.node_coords[self.node_chain == c].mean(0) for c in range(self.n_chains)]
+        return np.stack(means)
+
+    @cached_property
+    def radii(self) -> np.ndarray:
+        """(n_chains,) Å, radius of gyration of each body's nodes."""
+        offsets = self.node_coords - self.centers[self.node_chain]
+        squares = np.bincount(self.node_chain, (offsets**2).sum(1))
+        return np.sqrt(squares / np.bincount(self.node_chain))
+
+    @cached_property
+    def content_hash(self) -> str:
+        """16 hex digits of the nodes (to 1e-3 Å), residues and bodies; free of file names."""
+        parts = [
+            self.chain_ids,
+            self.node_chain,
+            self.atoms.getResnums()[self.node_rows],
+            self.atoms.getIcodes()[self.node_rows],
+            self.atoms.getResnames()[self.node_rows],
+        ]
+        text = "\n".join(" ".join(map(str, part)) for part in parts)
+        milli = np.round(self.node_coords * 1000).astype("<i8")
+        return hashlib.sha256(text.encode() + milli.tobytes()).hexdigest()[:16]
+
+    def all_atoms(self) -> "Structure":
+        """The same molecule with all atoms, ligands too, as imaging atoms: to deform and export."""
+        numbers = atomic_numbers(self.atoms)
+        rows = np.arange(self.atoms.numAtoms())
+        return replace(self, rows=rows, weights=numbers / numbers.mean())
+
+    def as_one_body(self) -> "Structure":
+        """All bodies merged into one, named "A+B": the modes of the whole assembly."""
+        one_body = np.zeros_like(self.atom_chain)
+        return replace(self, chain_ids=("+".join(self.chain_ids),), atom_chain=one_body)
+
+    def with_coords(self, coords: np.ndarray) -> "Structure":
+        """The same molecule with other coordinates of all atoms, (n_all, 3) Å; the origin stays.
+
+        Raises
+        ------
+        ValueError
+            When `coords` has another shape or is not finite.
+        """
+        coords = np.asarray(coords, dtype=float)
+        expected = (self.atoms.numAtoms(), 3)
+        if coords.shape != expected or not np.isfinite(coords).all():
+            raise ValueError(
+                f"expected finite coordinates {expected} of all atoms, got shape {coords.shape}"
+            )
+        atoms = self.atoms.copy()
+        atoms.setCoords(coords)
+        return replace(self, atoms=atoms)
+
+    def with_origin(self, xyz: Sequence[float] | np.ndarray) -> "Structure":
+        """The same molecule with the point `xyz` (Å) at the centre of the box.
+
+        Raises
+        ------
+        ValueError
+            When `xyz` is not three finite numbers.
+        """
+        origin = np.asarray(xyz, dtype=float)
+        if origin.shape != (3,) or not np.isfinite(origin).all():
+            raise ValueError(f"expected an origin of three finite numbers in Å, got {xyz!r}")
+        return replace(self, origin=origin)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all atoms as PDB text (.pdb, .pdb.gz) or mmCIF (.cif), whole or not at all.
+
+        In PDB text a chain id of several letters is replaced by a letter that is free.
+
+        Raises
+        ------
+        ValueError
+            For another suffix, a folder that cannot be written, or what does not fit into the
+            columns of PDB text, such as more than 62 chains.
+        """
+        write_structure(self.atoms, self.name, path)
+
+    def __repr__(self) -> str:
+        chains = " ".join(self.chain_ids)
+        counts = f"{self.n_nodes:,} residues, {self.atoms.numAtoms():,} atoms"
+        return f"Structure({self.name!r}, chains {chains}, {counts})"
+
+
+def load_structure(
+    source: str | os.PathLike | prody.Atomic,
+    chains: str | Sequence[str] | None = None,
+    atoms: str = "ca",
+    bodies: Mapping[str, str] | None = None,
+) -> Structure:
+    """Load a molecule as bodies of atoms.
+
+    Of alternate locations the best occupied is taken, of several models the first; water is left
+    out.
+
+    Parameters
+    ----------
+    source
+        "glua3-closed" or "glua3-open" (embedded), a PDB id, a PDB or mmCIF file (.gz too), or ProDy
+        atoms. A PDB id is looked for in the folder named by the environment variable
+        CRYOCHAINS_STRUCTURES, then in the cache, then fetched. In ProDy atoms, copies that share a
+        chain id and differ by segment, as of ``prody.parseMMCIF(file, biomol=True)``, are chains of
+        their own: "A", "A_2", "A_3" ….
+    chains
+        Author's ids of the chains to keep, in this order. By default every chain of protein or
+        nucleic acid; ligands and sugars with chain ids of their own then move with the one they
+        touch.
+    atoms
+        Imaging atoms: "ca", one a residue (P for nucleotides) that scatters as the whole residue,
+        or "heavy", every atom but hydrogen by its atomic number.
+    bodies
+        Names and ProDy selections of the bodies, in place of chains: ``{"head": "chain A and resnum
+        1 to 200"}``.
+
+    Returns
+    -------
+    Structure
+        Its origin is the mean of the imaging atoms.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the source is no file here and no PDB entry that can be had.
+    ValueError
+        When a file cannot be read, a chain is absent, a residue number stands twice in a chain, a
+        body is empty, overlaps another or holds no node.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> load_structure("glua3-open")
+    Structure('glua3-open', chains A B, 741 residues, 5,958 atoms)
+    """
+    if atoms not in ("ca", "heavy"):
+        raise ValueError(f"expected atoms 'ca' or 'heavy', got {atoms!r}")
+    if bodies is not None and chains is not None:
+        raise ValueError(
+            "expected chains or bodies, got both; try selecting the chains within the bodies"
+        )
+    name, group = read_atoms(source)
+    nodes = find_nodes(group)
+    if not len(nodes):
+        raise ValueError(
+            f"expected protein or nucleic acid, got no Cα and no P in {name}; try another file"
+        )
+    if bodies is not None:
+        ids, body = _select_bodies(group, bodies)
+    else:
+        ids, body = _select_chains(name, group, nodes, chains)
+    nodes = nodes[body[nodes] >= 0]
+    _require_unique_numbers(name, group, nodes)
+    for c, chain in enumerate(ids):
+        if c not in body[nodes]:
+            raise ValueError(
+                f"expected Cα atoms (or P of nucleotides) in {chain!r} of {name}, got none"
+            )
+    # Body by body; −1 are atoms to leave out.
+    order = np.argsort(body, kind="stable")[np.sum(body < 0) :]
+    group = select_rows(group, order)
+    body = body[order]
+    node_rows = np.flatnonzero(np.isin(order, nodes))
+    rows, weights = _imaging_atoms(group, node_rows, atoms)
+    return Structure(
+        name=name,
+        atoms=group,
+        chain_ids=tuple(ids),
+        atom_chain=body,
+        atom_node=assign_nodes(group, body, node_rows),
+        rows=rows,
+        node_rows=node_rows,
+        weights=weights / weights.mean(),
+        origin=group.getCoords()[rows].mean(0),
+        in_given_order=chains is not None,
+    )
+
+
+def _imaging_atoms(
+    atoms: prody.AtomGroup, node_rows: np.ndarray, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the imaging atoms, and the electrons that each stands for."""
+    if kind == "ca":
+        return node_rows, residue_scattering(atoms, node_rows)
+    numbers = atomic_numbers(atoms)
+    rows = np.flatnonzero(numbers > 1)
+    return rows, numbers[rows]
+
+
+def _require_unique_numbers(name: str, atoms: prody.AtomGroup, nodes: np.ndarray) -> None:
+    """Raise where two residues of one chain share number and insertion code.
+
+    Alternate residues at one position are one by now: see `read_atoms`.
+    """
+    ids = residue_ids(atoms, with_name=False)[nodes]
+    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    if (counts == 1).all():
+        return
+    row = nodes[first[counts > 1].min()]
+    number = f"{atoms.getResnums()[row]}{atoms.getIcodes()[row]}"
+    n_repeated = int((counts > 1).sum())
+    others = f" (and {n_repeated - 1:,} more)" if n_repeated > 1 else ""
+    raise ValueError(
+        f"expected every residue number once in a chain, got {number} of chain "
+        f"{atoms.getChids()[row]} of {name} more than once{others}; try giving each copy a chain "
+        "id of its own, or loading one copy"
+    )
+
+
+def _select_bodies(
+    atoms: prody.AtomGroup, bodies: Mapping[str, str]
+) -> tuple[list[str], np.ndarray]:
+    """Names of the bodies, and (n,) body of every atom: −1 for atoms in none."""
+    if not bodies:
+        raise ValueError("expected at least one body, got none; try chains instead")
+    names = list(bodies)
+    body = np.full(atoms.numAtoms(), -1)
+    for c, (name, text) in enumerate(bodies.items()):
+        try:
+            with quiet_prody():
+                selected = atoms.select(text)
+        except prody.SelectionError as error:
+            raise ValueError(
+                f"expected a ProDy selection for body {name!r}, got {text!r} ({error})"
+            ) from error
+        if selected is None:
+            raise ValueError(
+                f"expected atoms in body {name!r}, got none for {text!r}; try another selection"
+            )
+        earlier = body[selected.getIndices()]
+        shared = earlier >= 0
+        if shared.any():
+            raise ValueError(
+                f"expected bodies without common atoms, got {shared.sum()} in "
+                f"{names[earlier.max()]!r} and {name!r}"
+            )
+        body[selected.getIndices()] = c
+    return names, body
+
+
+def _select_chains(
+    name: str, atoms: prody.AtomGroup, nodes: np.ndarray, chains: str | Sequence[str] | None
+) -> tuple[list[str], np.ndarray]:
+    """Ids of the chains, and (n,) chain of every atom: −1 for atoms to leave out."""
+    chids = atoms.getChids()
+    present = list(dict.fromkeys(chids[nodes].tolist()))
+    ids = present if chains is None else _chain_list(chains, present)
+    absent = [chain for chain in ids if chain not in present]
+    if absent or not ids:
+        raise ValueError(
+            f"expected chains among {' '.join(present)} of {name}, got "
+            f"{', '.join(absent) or 'none'}"
+        )
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"expected every chain once, got {' '.join(ids)}")
+    body = np.full(len(chids), -1)
+    for c, chain in enumerate(ids):
+        body[chids == chain] = c
+    if chains is None:
+        _join_touched_chains(atoms, body)
+    return ids, body
+
+
+def _chain_list(chains: str | Sequence[str], present: list[str]) -> list[str]:
+    """Chain ids: "A,B", "A B" and "AB" all mean two chains, unless one chain is called so."""
+    if not isinstance(chains, str):
+        return list(chains)
+    if chains in present:
+        return [chains]
+    if "," in chains or " " in chains:
+        return chains.replace(",", " ").split()
+    return list(chains)
+
+
+def _join_touched_chains(atoms: prody.AtomGroup, body: np.ndarray) -> None:
+    """Give sugars and ligands with a chain id of their own, whole, the body that they touch."""
+    coords = atoms.getCoords()
+    chids = atoms.getChids()
+    polymer = np.flatnonzero(body >= 0)
+    tree = cKDTree(coords[polymer])
+    for chain in set(chids[body < 0]):
+        distance, nearest = tree.query(coords[chids == chain])
+        body[chids == chain] = body[polymer[nearest[distance.argmin()]]]

@@ -1,0 +1,71 @@
+"""A principal motion as a file, in the format of its suffix."""
+
+import os
+from pathlib import Path
+
+from ..analysis import PrincipalMotions, save_conformations
+from .movies import MOVIE_SUFFIXES, save_movie
+
+CONFORMATION_SUFFIXES = (".pdb", ".cif", ".dcd", ".cxc")
+
+
+def save_motion(
+    path: str | os.PathLike,
+    motions: PrincipalMotions,
+    component: int = 0,
+    *,
+    n: int = 21,
+    percentiles: tuple[float, float] = (5, 95),
+    fps: int = 15,
+) -> Path:
+    """Write the motion along a component, in the format of the suffix of `path`.
+
+    Parameters
+    ----------
+    path : path
+        - .pdb, .cif: conformations of all atoms as models; .dcd: as frames.
+        - .cxc: a ChimeraX script with a slider along the conformations and, beside it, the PDB or
+          mmCIF file that it opens.
+        - .gif, .mp4: a movie of the backbones, there and back; MP4 needs the program ffmpeg.
+    motions : PrincipalMotions
+    component : int
+        0 is PC1.
+    n : int
+        Conformations, or frames of the movie.
+    percentiles : tuple of float
+        Of the particles' scores, from and to which the motion goes.
+    fps : int
+        Frames a second of a movie.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    ValueError
+        For another suffix, a component that does not exist, or a folder that cannot be written.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cryochains import Model, Result, compute_pca, load_structure
+    >>> model = Model(load_structure("glua3-closed"), modes=None, box_size=32, pixel_size=5.0)
+    >>> motions = compute_pca(Result(model, torch.randn(50, 12)))
+    >>> save_motion("results/doc/pc1.cxc", motions).name
+    'pc1.cxc'
+    """
+    path = Path(path)
+    suffix = path.suffix
+    if suffix in MOVIE_SUFFIXES:
+        save_movie(path, motions, component, n, percentiles, fps)
+    elif suffix in CONFORMATION_SUFFIXES:
+        save_conformations(path, motions.model, motions.traverse(component, n, percentiles))
+    else:
+        suffixes = ", ".join((*CONFORMATION_SUFFIXES, *MOVIE_SUFFIXES))
+        raise ValueError(
+            f"expected a path that ends in one of {suffixes}, got {path.name}; "
+            f"try {path.stem or 'motion'}.pdb"
+        )
+    return path

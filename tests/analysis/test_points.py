@@ -1,0 +1,186 @@
+"""Particles as points: where many are, what is uncertain, and which particles a selection means."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import starfile
+import torch
+
+from cryochains.analysis import (
+    atom_uncertainty,
+    average_covariance,
+    component_errors,
+    compute_pca,
+    decode_one,
+    particle_columns,
+    point_density,
+    save_selection,
+)
+from cryochains.images import load_particles
+from cryochains.inference import Result, posterior_covariance, refine
+from cryochains.model import Model, simulate_particles
+
+
+@pytest.fixture(scope="module")
+def model(closed):
+    return Model(closed, modes=3, box_size=32, pixel_size=5.0)
+
+
+@pytest.fixture(scope="module")
+def dynamics(model):
+    return model.dynamics
+
+
+def simulate(closed, n, **settings):
+    return simulate_particles(
+        closed,
+        n,
+        conformations=closed.coords[None],
+        box_size=32,
+        progress=False,
+        **settings,
+    )
+
+
+def test_density_follows_the_crowd():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 50_000))
+    density = point_density(x, y)
+    assert density.shape == x.shape and density.max() == 1 and density.min() > 0
+    # Against the Gaussian that they were drawn from, where there are enough to count.
+    true = np.exp(-(x**2 + y**2) / 2)
+    inner = true > 0.1
+    assert np.corrcoef(density[inner], true[inner])[0, 1] > 0.95
+    assert point_density(np.zeros(5), np.zeros(5)).tolist() == [1] * 5
+    assert point_density(x[:1], y[:1]).tolist() == [1]
+
+
+def test_error_bars_of_atoms_are_those_of_drawn_conformations(dynamics):
+    generator = torch.Generator().manual_seed(0)
+    p = dynamics.n_latents
+    root = 0.05 * torch.randn(p, p, generator=generator)
+    latents = 0.5 * torch.randn(p, generator=generator)
+    drawn = dynamics.decode(latents + torch.randn(4000, p, generator=generator) @ root.T)
+    spread = drawn.var(0).sum(-1).sqrt().numpy()
+    errors = atom_uncertainty(dynamics, latents, root @ root.T)
+    np.testing.assert_allclose(errors, spread, rtol=0.1)
+
+
+def test_one_conformation_at_once_is_what_decode_gives(dynamics):
+    latents = torch.randn(dynamics.n_latents, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    coords = decode_one(dynamics, latents)
+    np.testing.assert_allclose(coords, dynamics.decode(latents[None])[0], atol=1e-5)
+    assert torch.get_num_threads() == threads
+
+
+def test_uncertainty_of_a_particle_is_that_of_its_atoms(model, dynamics):
+    generator = torch.Generator().manual_seed(0)
+    std = 0.2 + torch.rand(3, dynamics.n_latents, generator=generator)
+    result = Result(model, torch.zeros(3, dynamics.n_latents), std=std)
+    column = particle_columns(result)["uncertainty (Å)"]
+    for row, one in enumerate(std):
+        atoms = atom_uncertainty(dynamics, torch.zeros(dynamics.n_latents), one.square().diag())
+        assert column[row] == pytest.approx(np.sqrt(np.mean(atoms**2)), rel=1e-3)
+
+
+def test_error_bars_of_components(model):
+    generator = torch.Generator().manual_seed(0)
+    p = model.n_latents
+    root = torch.randn(p, p, generator=generator)
+    motions = compute_pca(Result(model, torch.randn(100, p, generator=generator)))
+    errors = component_errors(motions, root @ root.T)
+    drawn = motions.transform(torch.randn(20_000, p, generator=generator) @ root.T)
+    np.testing.assert_allclose(errors, drawn.std(0), rtol=0.03)
+
+
+def test_average_covariance_is_exact_with_the_images(closed):
+    particles = simulate(closed, 5)
+    model = Model(closed, particles, modes=2)
+    result = refine(model, particles, blurs=(4.0, 0.0), progress=False)
+    exact = posterior_covariance(result, np.arange(5)).mean(0).cpu()
+    torch.testing.assert_close(average_covariance(result), exact.float())
+    # Without them the diagonal is the same but for what the last step changed.
+    alone = average_covariance(replace(result, particles=None))
+    assert (alone == alone.diagonal().diag()).all()
+    torch.testing.assert_close(alone.diagonal(), exact.diagonal().float(), rtol=0.2, atol=0.01)
+
+
+def test_nothing_is_known_of_an_encoders_errors(model):
+    result = Result(model, torch.zeros(3, model.n_latents), kind="encoded")
+    with pytest.raises(ValueError, match="expected a result with error bars, got .*; try refine"):
+        average_covariance(result)
+
+
+def test_columns_of_particles(closed):
+    particles = simulate(closed, 4)
+    model = Model(closed, particles, modes=3)
+    latents = torch.zeros(4, model.n_latents)
+    columns = particle_columns(Result(model, latents, particles=particles))
+    expected = (particles.ctf.defocus_u + particles.ctf.defocus_v).numpy() / 2e4
+    assert list(columns) == ["defocus (µm)"]
+    np.testing.assert_allclose(columns["defocus (µm)"], expected)
+    assert particle_columns(Result(model, latents)).empty
+
+
+def test_columns_of_a_file(tmp_path, closed):
+    simulate(closed, 6, path=tmp_path / "all.star")
+    blocks = starfile.read(tmp_path / "all.star")
+    blocks["particles"]["rlnRandomSubset"] = [1, 1, 1, 2, 1, 1]
+    starfile.write(blocks, tmp_path / "all.star", overwrite=True)
+    particles = load_particles(tmp_path / "all.star")
+    assert particles.columns["rlnRandomSubset"].tolist() == [1, 1, 1, 2, 1, 1]
+    model = Model(closed, particles, modes=3)
+    chosen = particles[[4, 3]]
+    columns = particle_columns(Result(model, torch.zeros(2, model.n_latents), particles=chosen))
+    assert columns["rlnRandomSubset"].tolist() == [1, 2] and "rlnVoltage" not in columns
+    assert "rlnImageName" not in columns and list(columns)[0] == "defocus (µm)"
+
+
+def test_columns_of_the_caller(model):
+    result = Result(model, torch.zeros(3, model.n_latents))
+    others = pd.DataFrame({"class": [1, 2, 3], "odd": [True, False, True]}, index=[7, 8, 9])
+    columns = particle_columns(result, others)
+    assert columns["class"].tolist() == [1, 2, 3] and columns["odd"].tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="expected columns of numbers, got 's' of"):
+        particle_columns(result, pd.DataFrame({"s": list("abc")}))
+    with pytest.raises(ValueError, match="expected 3 rows of columns, one a row of latents, got 2"):
+        particle_columns(result, others[:2])
+
+
+def test_selection_names_its_particles(tmp_path, closed):
+    simulate(closed, 6, path=tmp_path / "all.star")
+    particles = load_particles(tmp_path / "all.star")[::-1]
+    model = Model(closed, particles, modes=3)
+    latents = torch.randn(6, model.n_latents, generator=torch.Generator().manual_seed(0))
+    result = Result(model, latents, particles=particles)
+    motions = compute_pca(result)
+    rows = np.array([4, 1])
+    path = save_selection(tmp_path / "out", motions, rows)
+    table = pd.read_csv(path)
+    assert table["row"].tolist() == [4, 1]
+    assert table["id"].tolist() == particles.ids[rows].tolist()
+    np.testing.assert_allclose(table.iloc[:, 2:], motions.scores[rows], atol=1e-4)
+    chosen = load_particles(path.with_suffix(".star"))
+    assert torch.equal(chosen.read_images(), particles.read_images(rows))
+    assert torch.allclose(chosen.rotations, particles.rotations[rows], atol=1e-5)
+    # Nothing is overwritten, and a result without images has a table alone, with its ids.
+    alone = compute_pca(Result(model, latents, ids=particles.ids))
+    second = save_selection(tmp_path / "out", alone, rows)
+    assert second != path and not second.with_suffix(".star").exists()
+    assert pd.read_csv(second)["id"].tolist() == particles.ids[rows].tolist()
+    with pytest.raises(ValueError, match="expected a selection, got none; try clicking"):
+        save_selection(tmp_path / "out", motions, rows[:0])
+
+
+def test_decoded_uncertainty_needs_no_chain_in_common(dynamics, closed):
+    # A chain of which everything is known does not move with the other's error.
+    layout = dynamics.chains[1]
+    n = layout.latents.stop - layout.latents.start
+    covariance = torch.zeros(dynamics.n_latents, dynamics.n_latents)
+    covariance[layout.latents, layout.latents] = torch.eye(n)
+    error = atom_uncertainty(dynamics, torch.zeros(dynamics.n_latents), covariance)
+    own = closed.chain_index == 1
+    assert (error[~own] == 0).all() and (error[own] > 0).all()

@@ -1,0 +1,513 @@
+"""The refinement: against the information limit, and as a tool that is cut and resumed."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import cryochains.inference.refinement
+from cryochains.images import ParticleStack, load_particles
+from cryochains.inference import (
+    Result,
+    information_limit,
+    load_result,
+    posterior_covariance,
+    refine,
+    rmsd,
+    score,
+)
+from cryochains.model import (
+    Dynamics,
+    Model,
+    Population,
+    elastic_variance,
+    load_population,
+    simulate_particles,
+)
+from cryochains.molecule import compute_modes
+
+BLURS = (6.0, 3.0, 0.0, 0.0)
+
+
+def make_model(structure, particles, **settings) -> Model:
+    return Model(structure, particles, **{"modes": 2} | settings)
+
+
+@pytest.fixture(scope="module")
+def small(closed):
+    """70 particles of moderate noise whose chains shift, turn and bend; 32 px."""
+    dynamics = Dynamics(closed, compute_modes(closed, 2))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(70, dynamics.n_latents, generator=generator)
+    return simulate_particles(
+        closed,
+        70,
+        dynamics=dynamics,
+        latents=elastic_variance(dynamics).sqrt() * draws,
+        box_size=32,
+        snr_db=3.0,
+        shift_std=2.0,
+        seed=2,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def refined(closed, small) -> Result:
+    return refine(make_model(closed, small), small[:50], blurs=BLURS, progress=False)
+
+
+def assert_same(a: Result, b: Result):
+    for one, other in (
+        (a.latents, b.latents),
+        (a.std, b.std),
+        (a.population.mean, b.population.mean),
+        (a.population.covariance, b.population.covariance),
+    ):
+        assert torch.equal(one, other)
+    assert a.population.noise_std == b.population.noise_std
+    assert a.population.contrast == b.population.contrast
+    assert a.ids.tolist() == b.ids.tolist()
+    assert a.population.fingerprint == b.population.fingerprint
+    assert a.history == b.history
+    assert (a.contrast, a.kind) == (b.contrast, b.kind)
+
+
+# Against the limit
+
+
+@pytest.fixture(scope="session")
+def well_specified(closed):
+    """Reference = truth, Gaussian latents, 64 px at 0 dB: nothing but noise is in the way."""
+    n_train, n_test = 1000, 200
+    dynamics = Dynamics(closed, compute_modes(closed, 10))
+    variance = 0.25 * elastic_variance(dynamics)
+    generator = torch.Generator().manual_seed(3)
+    shape = (n_train + n_test, dynamics.n_latents)
+    draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+    particles = simulate_particles(
+        closed,
+        n_train + n_test,
+        dynamics=dynamics,
+        latents=(draws * variance.sqrt()).float(),
+        snr_db=0.0,
+        seed=1,
+        progress=False,
+    )
+    train, test = particles[:n_train], particles[n_train:]
+    model = make_model(closed, particles, modes=10)
+    mean = torch.zeros(dynamics.n_latents, dtype=torch.float64)
+    noise_std = particles.truth.noise_std
+    truth = Population(mean, variance.diag(), noise_std, 1.0, model.fingerprint)
+    result = refine(model, train, progress=False)
+    held_out = refine(model, test, result.population, progress=False)
+    return model, truth, result, held_out
+
+
+def pooled(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@pytest.mark.parametrize("which", ["learned from", "held out"])
+def test_rmsd_is_near_the_information_limit(well_specified, which):
+    model, truth, *results = well_specified
+    result = results[which == "held out"]
+    scores = score(result)
+    particles = result.particles
+    limit = pooled(information_limit(model, particles, truth, particles.truth.latents))
+    assert 0.95 < scores.rmsd / limit <= 1.10, (scores, limit)
+
+
+@pytest.mark.parametrize("which", ["learned from", "held out"])
+def test_error_bars_cover_the_truth(well_specified, which):
+    _, _, *results = well_specified
+    result = results[which == "held out"]
+    inside = (result.latents - result.particles.truth.latents).abs() < 1.96 * result.std
+    assert 0.90 <= float(inside.float().mean()) <= 0.98
+
+
+def test_noise_and_brightness_are_measured(well_specified):
+    _, truth, result, _ = well_specified
+    assert result.population.noise_std == pytest.approx(truth.noise_std, rel=0.02)
+    assert result.population.contrast == pytest.approx(1.0, rel=0.03)
+
+
+def test_population_is_learned(well_specified):
+    """Its spread in all, and the share of each kind of motion."""
+    model, truth, result, _ = well_specified
+    spread = result.population.covariance.diagonal()
+    true_spread = truth.covariance.diagonal()
+    for kind in ("mode", "rotation", "translation"):
+        of_kind = torch.from_numpy(model.dynamics.latent_kind == kind)
+        ratio = float(spread[of_kind].sum() / true_spread[of_kind].sum())
+        assert ratio == pytest.approx(1.0, abs=0.25), kind
+    assert result.population.mean.abs().max() < 0.5
+
+
+# What it learns
+
+
+def test_finds_motion(refined):
+    scores = score(refined)
+    assert scores.explained_motion > 0.6
+    blurs = [step["blur"] for step in refined.history]
+    assert blurs[: len(BLURS)] == list(BLURS)
+    assert set(blurs[len(BLURS) :]) <= {BLURS[-1]}, "it goes on at the last"
+    assert {"step", "noise_std", "contrast", "spread"} <= refined.history[0].keys()
+    assert refined.history[-1]["step"] < 0.5 * refined.history[0]["step"]
+
+
+def test_large_motion_is_not_lost(pair):
+    """All particles show the open dimer, 20° and 14 Å from the closed reference."""
+    closed, opened = pair
+    particles = simulate_particles(
+        closed,
+        24,
+        conformations=opened.coords[None],
+        box_size=48,
+        snr_db=5.0,
+        seed=0,
+        progress=False,
+    )
+    model = make_model(closed, particles, modes=None)
+    truth = torch.from_numpy(opened.coords)
+    before = rmsd(torch.from_numpy(closed.coords)[None], truth[None])
+    result = refine(model, particles, progress=False)
+    after = rmsd(model.decode(result.latents).double(), truth.expand(24, -1, -1))
+    assert float(before) > 5.0
+    assert float(after.median()) < 1.8
+
+
+def test_brightness_of_the_images_does_not_matter(closed, small, refined):
+    bright = with_images(small, 40 * small.read_images() + 7)
+    result = refine(make_model(closed, small), bright[:50], blurs=BLURS, progress=False)
+    assert result.contrast / refined.contrast == pytest.approx(40, rel=1e-3)
+    brighter, plain = result.population, refined.population
+    assert brighter.contrast / plain.contrast == pytest.approx(40, rel=1e-3)
+    assert brighter.noise_std / plain.noise_std == pytest.approx(40, rel=1e-3)
+    torch.testing.assert_close(result.latents, refined.latents, rtol=0, atol=0.02)
+
+
+def test_nothing_is_claimed_where_noise_hides_everything(closed, small, refined):
+    blind = replace(refined.population, noise_std=1e4 * refined.population.noise_std)
+    result = refine(make_model(closed, small), small[:5], blind, blurs=(0.0, 0.0), progress=False)
+    mean = blind.mean.float().expand(5, -1)
+    torch.testing.assert_close(result.latents, mean, rtol=0, atol=1e-3)
+    prior = blind.covariance.diagonal().sqrt().float().expand(5, -1)
+    torch.testing.assert_close(result.std, prior, rtol=1e-3, atol=0)
+
+
+def test_error_bars_are_within_the_prior(refined):
+    prior = refined.population.covariance.diagonal().sqrt().float()
+    assert (refined.std > 0).all() and (refined.std <= 1.001 * prior).all()
+
+
+def test_posterior_covariance_has_the_error_bars_on_its_diagonal(refined):
+    rows = [7, 0, 31]
+    covariance = posterior_covariance(refined, rows)
+    torch.testing.assert_close(covariance, covariance.mT)
+    assert torch.linalg.eigvalsh(covariance).min() > 0
+    # The error bars are those of the last linearisation, a small step away.
+    ratio = covariance.diagonal(dim1=1, dim2=2).sqrt() / refined.std[rows]
+    assert float(ratio.median()) == pytest.approx(1.0, abs=0.01)
+    assert float((ratio - 1).abs().max()) < 0.3
+    some = posterior_covariance(refined[[31, 7]], [1])
+    torch.testing.assert_close(some[0], covariance[0], rtol=1e-4, atol=1e-6)
+
+
+def test_posterior_covariance_needs_noise_and_particles(refined):
+    for result, sentence in (
+        (replace(refined, population=None), "expected a refined result, whose noise is known, got"),
+        (replace(refined, particles=None), "expected a result with its particles, got .*try load_"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            posterior_covariance(result, [0])
+
+
+def test_geometry_needs_no_image(closed, small, refined, tmp_path):
+    """Pixels may be NaN, or gone from the disk, where only poses and CTFs count."""
+    expected = posterior_covariance(refined, [3, 1]), information_limit(refined.model, small[:9])
+    images = torch.full((70, 32, 32), math.nan)
+    blank = replace(small, images=images)
+    small.save(tmp_path / "a.star")
+    on_disk = load_result_of(refined, tmp_path)
+    (tmp_path / "a.mrcs").unlink()
+    result = replace(refined, particles=blank[:50])
+    assert torch.equal(posterior_covariance(result, [3, 1]), expected[0])
+    np.testing.assert_array_equal(information_limit(refined.model, blank[:9]), expected[1])
+    # RELION's angles have six decimals.
+    gone = posterior_covariance(on_disk, [3, 1])
+    torch.testing.assert_close(gone, expected[0], rtol=1e-2, atol=1e-4)
+    with_truth = replace(on_disk.particles, truth=small.truth[:50])[:9]
+    limit = information_limit(refined.model, with_truth)
+    np.testing.assert_allclose(limit, expected[1], rtol=1e-3)
+    for particles in (blank[:50], on_disk.particles):
+        with pytest.raises(ValueError, match="expected finite pixels|expected .* as it was when"):
+            particles.read_images([0])
+
+
+def load_result_of(result, folder) -> Result:
+    """The result with its particles in ``a.star`` of a folder."""
+    particles = load_particles(folder / "a.star")[: len(result)]
+    return replace(result, particles=particles, ids=particles.ids)
+
+
+# Rows, batches, populations
+
+
+def test_same_input_same_numbers(closed, small, refined):
+    torch.manual_seed(5)
+    again = refine(make_model(closed, small), small[:50], blurs=BLURS, progress=False)
+    assert_same(again, refined)
+
+
+def test_a_given_population_is_used_and_not_changed(closed, small, refined):
+    population = refined.population
+    mean, covariance = population.mean.clone(), population.covariance.clone()
+    model = make_model(closed, small)
+    result = refine(model, small[50:], population, blurs=BLURS, progress=False)
+    for after in (population, result.population):
+        assert torch.equal(after.mean, mean) and torch.equal(after.covariance, covariance)
+    for name in ("noise_std", "contrast", "fingerprint"):
+        assert getattr(result.population, name) == getattr(population, name)
+    assert result.contrast == population.contrast
+
+
+def test_held_out_particles_are_scored_by_the_others_population(closed, small, refined):
+    model = make_model(closed, small)
+    held_out = small[50:]
+    result = refine(model, held_out, refined.population, blurs=BLURS, progress=False)
+    assert result.latents.shape == (20, model.dynamics.n_latents)
+    assert score(result).explained_motion > 0.5
+
+
+def test_rows_stay_rows(closed, small, refined):
+    model = make_model(closed, small)
+    order = np.random.default_rng(0).permutation(70)
+    whole = refine(model, small, refined.population, blurs=BLURS, progress=False)
+    settings = {"blurs": BLURS, "batch_size": 9, "progress": False}
+    mixed = refine(model, small[order], refined.population, **settings)
+    assert mixed.ids.tolist() == small.ids[order].tolist()
+    torch.testing.assert_close(mixed.latents, whole.latents[order], rtol=0, atol=5e-3)
+    torch.testing.assert_close(mixed.std, whole.std[order], rtol=1e-2, atol=0)
+    # With a population given, particles do not see each other but in when to stop.
+    some = refine(model, small[order[:5]], refined.population, blurs=BLURS, progress=False)
+    torch.testing.assert_close(some.latents, whole.latents[order[:5]], rtol=0, atol=0.2)
+
+
+def test_population_from_some_of_the_particles(closed, small):
+    """Those it was not learned from are refined with it, in their own rows."""
+    model = make_model(closed, small)
+    result = refine(model, small, blurs=BLURS, n_population=30, progress=False)
+    assert result.ids.tolist() == small.ids.tolist() and len(result.latents) == 70
+    assert (result.std > 0).all()
+    alone = refine(model, small, result.population, blurs=BLURS, progress=False)
+    assert (result.latents - alone.latents).abs().median() < 0.02
+    assert score(result).explained_motion > 0.5
+
+
+def test_starts_where_it_is_told(closed, small, refined):
+    model = make_model(closed, small)
+    start = small.truth.latents[:10]
+    settings = {"blurs": (0.0,) * 3, "progress": False}
+    result = refine(model, small[:10], refined.population, start=start, **settings)
+    # From the truth, and from the population's mean, the same posterior maximum.
+    of_mean = refine(model, small[:10], refined.population, blurs=BLURS, progress=False)
+    torch.testing.assert_close(result.latents, of_mean.latents, rtol=0, atol=0.5)
+    assert score(result).explained_motion > 0.6
+    assert torch.equal(start, small.truth.latents[:10]), "the caller's tensor is left alone"
+    # A result, such as an encoder's, is a start too.
+    given = Result(model, start, particles=small[:10])
+    assert_same(refine(model, small[:10], refined.population, start=given, **settings), result)
+
+
+# Cut and resumed
+
+
+def cut_after(monkeypatch, n_looks: int):
+    """Let `refine` linearise `n_looks` batches, then stop it as Ctrl-C would."""
+    original = cryochains.inference.refinement.normal_equations
+    looks = []
+
+    def look(*args, **kwargs):
+        if len(looks) == n_looks:
+            raise KeyboardInterrupt
+        looks.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(cryochains.inference.refinement, "normal_equations", look)
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_population": 20}, {"population": True}])
+@pytest.mark.parametrize("n_looks", [4, 7, 13])
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
+    closed, small, refined, tmp_path, settings, n_looks
+):
+    particles = small[:40]
+    settings = {"blurs": BLURS, "batch_size": 13, "progress": False} | settings
+    if "population" in settings:
+        settings["population"] = refined.population
+    whole = refine(make_model(closed, small), particles, **settings)
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_after(patch, n_looks)
+        refine(make_model(closed, small), particles, checkpoint=checkpoint, **settings)
+    resumed = refine(make_model(closed, small), particles, checkpoint=checkpoint, **settings)
+    assert_same(resumed, whole)
+
+
+def spoil_second_look(monkeypatch, n_spoiled: int):
+    """Let the second pass find that the step of the first particles made them worse."""
+    original = cryochains.inference.refinement.normal_equations
+    looks = []
+
+    def look(model, images, pose, latents, **settings):
+        equations = original(model, images, pose, latents, **settings)
+        if len(looks) == 1:
+            equations.residual[:n_spoiled] += 1e6
+        looks.append(latents.clone())
+        return equations
+
+    monkeypatch.setattr(cryochains.inference.refinement, "normal_equations", look)
+    return looks
+
+
+def test_steps_that_made_things_worse_are_taken_back(closed, small, refined, monkeypatch, tmp_path):
+    settings = {"blurs": (0.0,) * 5, "batch_size": 64, "progress": False}
+    arguments = (small[:20], refined.population)
+    good = refine(make_model(closed, small), *arguments, **settings)
+    looks = spoil_second_look(monkeypatch, 6)
+    whole = refine(make_model(closed, small), *arguments, **settings)
+    # The spoiled ones, and no others, are seen again, where they were before the step.
+    assert [len(look) for look in looks[:4]] == [20, 20, 6, 20]
+    assert torch.equal(looks[2], looks[0][:6])
+    first, second = ((looks[number][:6] - looks[0][:6]).norm(dim=1) for number in (1, 3))
+    assert (second < first).all(), "and step again with more care"
+    assert [step["refused"] for step in whole.history[:3]] == [0, 6, 0]
+    torch.testing.assert_close(whole.latents[6:], good.latents[6:], rtol=0, atol=0.1)
+    assert score(whole).explained_motion > 0.5
+
+    # How careful a particle has become is part of what a cut run remembers.
+    looks.clear()
+    checkpoint = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_after(patch, 3)
+        refine(make_model(closed, small), *arguments, checkpoint=checkpoint, **settings)
+    resumed = refine(make_model(closed, small), *arguments, checkpoint=checkpoint, **settings)
+    assert_same(resumed, whole)
+
+
+def test_a_finished_run_is_read_from_its_checkpoint(closed, small, tmp_path, monkeypatch):
+    settings = {"blurs": BLURS[:2], "progress": False, "checkpoint": tmp_path / "run.safetensors"}
+    first = refine(make_model(closed, small), small[:10], **settings)
+    cut_after(monkeypatch, 0)
+    assert_same(refine(make_model(closed, small), small[:10], **settings), first)
+
+
+def test_checkpoint_of_another_run_is_refused(closed, opened, small, tmp_path):
+    checkpoint = tmp_path / "run.safetensors"
+    settings = {"blurs": (6.0,), "progress": False, "checkpoint": checkpoint}
+    refine(make_model(closed, small), small[:10], **settings)
+    content = checkpoint.read_bytes()
+    for model, particles, sentence in (
+        (make_model(closed, small), small[:9], "of these 9 particles.*try another checkpoint path"),
+        (make_model(opened, small), small[:10], "of Model.*its structure.*try the model that"),
+        (make_model(closed, small, modes=None), small[:10], "of Model.*number of modes.*try the"),
+    ):
+        with pytest.raises(ValueError, match=f"expected a checkpoint .*{sentence}"):
+            refine(model, particles, **settings)
+    assert checkpoint.read_bytes() == content
+
+
+def test_checkpoint_of_other_particles_or_settings_is_refused(closed, small, refined, tmp_path):
+    settings = {"blurs": (6.0,), "progress": False, "checkpoint": tmp_path / "run.safetensors"}
+    refine(make_model(closed, small), small[:10], **settings)
+    for particles, other in (
+        (small[10:20], {}),
+        (small[:10], {"blurs": (6.0, 0.0)}),
+        (small[:10], {"population": refined.population}),
+        (small[:10], {"start": torch.ones(10, 16)}),
+    ):
+        with pytest.raises(
+            ValueError, match="expected a checkpoint of .*try another checkpoint path"
+        ):
+            refine(make_model(closed, small), particles, **settings | other)
+
+
+def test_files_that_are_no_checkpoint(closed, small, refined, tmp_path):
+    refined.save(tmp_path / "result.safetensors")
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "folder").mkdir()
+    settings = {"blurs": (6.0,), "progress": False}
+    for name, sentence in (
+        ("result.safetensors", "expected a refinement checkpoint file, got result at"),
+        ("text", "expected a refinement checkpoint file, got something unreadable at"),
+        ("text/below", "expected a folder that can be written"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            refine(make_model(closed, small), small[:5], checkpoint=tmp_path / name, **settings)
+
+
+# Saved and read
+
+
+def test_result_round_trip(refined, tmp_path):
+    refined.save(tmp_path / "result.safetensors")
+    loaded = load_result(tmp_path / "result.safetensors")
+    assert_same(loaded, refined)
+    assert "50 particles" in repr(loaded)
+    with pytest.raises(ValueError, match="expected a population file, got result at"):
+        load_population(tmp_path / "result.safetensors")
+
+
+# Bad input
+
+
+def test_particles_of_another_size(closed, small):
+    other_box = Model(closed, box_size=64, pixel_size=small.pixel_size, modes=None)
+    other_pixel = Model(closed, box_size=32, pixel_size=1.1 * small.pixel_size, modes=None)
+    for model in (other_box, other_pixel):
+        with pytest.raises(ValueError, match="expected particles of .* px × .* Å, got 32 px"):
+            refine(model, small[:5], progress=False)
+
+
+def test_population_of_another_molecule(closed, small, refined):
+    fingerprint = refined.population.fingerprint | {"structure": "another"}
+    other = replace(refined.population, fingerprint=fingerprint)
+    sentence = "expected a population of Model.*got one of another model: .*its structure or bodies"
+    with pytest.raises(ValueError, match=sentence):
+        refine(make_model(closed, small), small[:5], other, progress=False)
+
+
+def test_start_of_another_shape(closed, small):
+    with pytest.raises(ValueError, match=r"expected .*start.* of shape \(5, 16\), got \(5, 3\)"):
+        refine(make_model(closed, small), small[:5], start=torch.zeros(5, 3), progress=False)
+
+
+def with_images(particles, images) -> ParticleStack:
+    return replace(particles, images=images, truth=None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_images_that_are_not_numbers(closed, small, value):
+    images = small[:5].read_images()
+    images[2, 3, 4] = value
+    with pytest.raises(ValueError, match="expected finite pixels, got NaN or Inf in image"):
+        refine(
+            make_model(closed, small), with_images(small[:5], images), blurs=(0.0,), progress=False
+        )
+
+
+def test_protein_dark_images(closed, small):
+    with pytest.raises(ValueError, match="expected protein-bright images.*invert=True"):
+        dark = with_images(small, -small.read_images())
+        refine(make_model(closed, small), dark, progress=False)
+
+
+def test_quiet_when_asked(closed, small, capfd):
+    refine(make_model(closed, small), small[:5], blurs=(0.0,), progress=False)
+    assert capfd.readouterr() == ("", "")
+    refine(make_model(closed, small), small[:5], blurs=(0.0,), progress=True)
+    assert "refining" in capfd.readouterr().err

@@ -1,0 +1,144 @@
+"""What particles share: the elastic prior and its shrinkage."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cryochains.model import (
+    KINDS,
+    Dynamics,
+    Model,
+    Population,
+    elastic_prior,
+    elastic_variance,
+    mode_limit,
+    shrink_covariance,
+)
+from cryochains.model.population import MAX_BOND_STRETCH, START_SPREAD
+from cryochains.molecule import compute_modes
+
+
+@pytest.fixture(scope="module")
+def dynamics(closed):
+    return Dynamics(closed, compute_modes(closed, (4, 3)))
+
+
+@pytest.fixture(scope="module")
+def prior(dynamics):
+    return elastic_prior(dynamics)
+
+
+def test_soft_modes_vary_more(dynamics):
+    """As 1/λ; together the modes bend their chain by what START_SPREAD says."""
+    variance = elastic_variance(dynamics)
+    assert variance.dtype == torch.float64 and variance.shape == (dynamics.n_latents,)
+    for chain, layout in enumerate(dynamics.chains):
+        energy = variance[layout.mode].numpy() * dynamics.modes.eigenvalues[chain]
+        np.testing.assert_allclose(energy, energy[0])
+        for kind in KINDS:
+            total = float(variance[getattr(layout, kind)].sum())
+            assert total == pytest.approx(START_SPREAD[kind] ** 2), kind
+
+
+def test_no_mode_parts_neighbours_by_more_than_a_bond(closed):
+    """At its limit, a mode moves bonded residues apart by a bond's length; the prior is within."""
+    dynamics = Dynamics(closed, compute_modes(closed, 30))
+    limit = mode_limit(dynamics)
+    assert torch.isinf(limit[torch.from_numpy(dynamics.latent_kind != "mode")]).all()
+    assert (elastic_variance(dynamics).sqrt() <= limit).all()
+    coords = dynamics.reference.double().numpy()
+    for chain, layout in enumerate(dynamics.chains):
+        bonded = np.linalg.norm(np.diff(coords[layout.atoms], axis=0), axis=1) < 8.0
+        for latent in (layout.mode.start, layout.mode.stop - 1):
+            z = torch.zeros(dynamics.n_latents)
+            z[latent] = limit[latent]
+            bent = dynamics.bend(z[None], chain)[0].double().numpy()
+            moved = bent - dynamics.bend(0 * z[None], chain)[0].numpy()
+            apart = np.linalg.norm(np.diff(moved, axis=0), axis=1)[bonded].max()
+            assert apart == pytest.approx(MAX_BOND_STRETCH, rel=1e-3)
+
+
+@pytest.mark.parametrize("rotation, translation", [(True, False), (False, True)])
+def test_rigid_chains_have_a_prior_too(closed, rotation, translation):
+    dynamics = Dynamics(closed, None, rotation, translation)
+    assert elastic_variance(dynamics).tolist() == pytest.approx([16 / 3] * 6)
+
+
+def test_the_priors_constants_are_computed_once(dynamics, prior):
+    assert torch.equal(prior.variance, elastic_variance(dynamics))
+    assert torch.equal(prior.limit, mode_limit(dynamics))
+    together = torch.stack(prior.kinds).sum(0)
+    assert len(prior.kinds) == 3 and (together == 1).all(), "every latent is of one kind"
+    assert len(elastic_prior(Dynamics(dynamics.structure, translation=False)).kinds) == 1
+
+
+def draw(dynamics, n, seed=0):
+    """Latents with strong correlations, and their scatter matrix."""
+    rng = np.random.default_rng(seed)
+    p = dynamics.n_latents
+    mixing = rng.normal(size=(p, p)) / np.sqrt(p)
+    latents = rng.normal(size=(n, p)) @ mixing
+    return torch.from_numpy(latents.T @ latents), torch.from_numpy(mixing.T @ mixing)
+
+
+def test_few_particles_give_the_elastic_shape_and_many_their_own(dynamics, prior):
+    shape = elastic_variance(dynamics)
+    scatter, _ = draw(dynamics, 1)
+    few = shrink_covariance(scatter, 1, prior)
+    for kind in KINDS:
+        of_kind = torch.from_numpy(dynamics.latent_kind == kind)
+        ratio = few.diagonal()[of_kind] / shape[of_kind]
+        expected = scatter.diagonal()[of_kind].sum() / shape[of_kind].sum()
+        # One particle among p of prior: up to its own share, the prior's shape at the particle's
+        # amplitude.
+        assert (ratio / expected).median() == pytest.approx(1.0, abs=0.25), kind
+    scatter, truth = draw(dynamics, 20_000)
+    many = shrink_covariance(scatter, 20_000, prior)
+    assert float((many - truth).norm() / truth.norm()) < 0.05
+
+
+@pytest.mark.parametrize("n", [1, 10, 1000])
+def test_amplitude_of_each_kind_is_the_particles_own(dynamics, prior, n):
+    scatter, _ = draw(dynamics, n)
+    shrunk = shrink_covariance(scatter, n, prior)
+    for kind in KINDS:
+        of_kind = torch.from_numpy(dynamics.latent_kind == kind)
+        amplitude = scatter.diagonal()[of_kind].sum() / n
+        torch.testing.assert_close(shrunk.diagonal()[of_kind].sum(), amplitude)
+
+
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_shrunk_covariance_can_be_inverted(dynamics, prior, n):
+    scatter, _ = draw(dynamics, n)
+    shrunk = shrink_covariance(scatter, n, prior)
+    torch.testing.assert_close(shrunk, shrunk.mT)
+    assert torch.linalg.eigvalsh(shrunk).min() > 0
+
+
+def test_shrinking_leaves_prior_and_scatter_alone(dynamics, prior):
+    scatter, _ = draw(dynamics, 10)
+    before = scatter.clone(), prior.variance.clone()
+    shrink_covariance(scatter, 10, prior)
+    assert torch.equal(scatter, before[0]) and torch.equal(prior.variance, before[1])
+
+
+def test_repr_is_short(dynamics, prior):
+    covariance = shrink_covariance(draw(dynamics, 10)[0], 10, prior)
+    text = repr(Population(covariance[0], covariance, 0.123456789012345, 2.5, {}))
+    assert f"{dynamics.n_latents} latents" in text and "\n" not in text
+
+
+def test_description_and_tensors_restore_it(closed):
+    model = Model(closed, modes=2, box_size=32, pixel_size=5.0)
+    p = model.n_latents
+    population = Population(
+        torch.ones(p).double(), torch.eye(p), 0.1 + 0.2, 1 / 3, model.fingerprint
+    )
+    description = json.loads(json.dumps(population.description()))
+    again = Population.restore(population.tensors(), description)
+    assert torch.equal(again.mean, population.mean)
+    assert torch.equal(again.covariance, population.covariance)
+    assert (again.noise_std, again.contrast) == (0.1 + 0.2, 1 / 3), "to the last digit"
+    assert again.fingerprint == model.fingerprint
