@@ -79,7 +79,7 @@ def compare(programs: dict, coords: torch.Tensor, repeats: int) -> None:
             times[name].append((time.perf_counter() - start) / batch * 1e3)
 
     of_image, of_gradient = differences
-    print(f"\n{batch} a call; relative difference: {of_image:.1e}, of gradients {of_gradient:.1e}")
+    print(f"\n{batch} a call; difference of images {of_image:.1e}, of gradients {of_gradient:.1e}")
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         low, high = np.percentile(values, [25, 75])

@@ -34,8 +34,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     part = path.parent / f".part-{secrets.token_hex(8)}{''.join(path.suffixes)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("a folder has that name")
+        if path.exists() and not path.is_file():
+            raise IsADirectoryError("a folder or device has that name")
         part.touch(exist_ok=False)
         usual_mode = part.stat().st_mode
     except OSError as error:
@@ -56,7 +56,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 def _is_of_disk(error: OSError) -> bool:
     """Whether the disk or its folder is at fault, and not a file that was to be read."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    # Writers in C say only that they could not go on.
+    return error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _cannot_write(path: Path, error: Exception) -> str:
@@ -98,8 +99,11 @@ def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
     FileNotFoundError, ValueError
         When there is no such file, or it holds something else.
     """
+    wanted = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} file"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a {kind} file, got {path}, where there is none")
+        raise FileNotFoundError(
+            f"expected {wanted}, got {path}, where there is none; try a full path"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("cryochains", "{}"))
@@ -107,11 +111,12 @@ def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"expected a {kind} file, got something unreadable at {path} ({error})"
+            f"expected {wanted}, got something unreadable at {path} ({error}); "
+            "try another copy of it"
         ) from error
     if meta.get("kind") != kind:
         other = meta.get("kind") or "another safetensors file"
-        raise ValueError(f"expected a {kind} file, got {other} at {path}")
+        raise ValueError(f"expected {wanted}, got {other} at {path}; try another file")
     return tensors, meta
 
 

@@ -231,3 +231,99 @@ def test_names_are_those_of_the_field(path):
     for word, better in REPLACED_WORDS.items():
         bad = {name for name in names if re.search(word, name.lower())}
         assert not bad, f"say {better}"
+
+
+ERRORS = ("ValueError", "FileNotFoundError", "ImportError", "IndexError")
+
+
+def error_sentences(path: Path) -> list[tuple[int, str]]:
+    """Line and text of every error whose sentence is written where it is made."""
+    sentences = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        if node.func.id in ERRORS and isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
+            # The words that are fixed; what stands in braces is seen as "…".
+            values = getattr(node.args[0], "values", [node.args[0]])
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in values]
+            sentences.append((node.lineno, "".join(parts)))
+    return sentences
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_errors_say_what_was_expected_what_was_got_and_what_to_try(path):
+    for line, sentence in error_sentences(path):
+        where = f"{path.name}:{line}: {sentence}"
+        assert sentence.startswith("expected "), where
+        assert re.search(r"\b(got|found)\b.*; .*\btry\b", sentence, re.DOTALL), where
+
+
+def dotted_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(path: Path, tree: ast.Module) -> list[tuple[str, str, str]]:
+    """(module, name, name here) of every `from module import name`, modules in full."""
+    package = dotted_name(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(above + ([node.module] if node.module else []))
+            names += [(module, alias.name, alias.asname or alias.name) for alias in node.names]
+    return names
+
+
+def names_used_elsewhere() -> set[tuple[str, str]]:
+    """(module, name) of all that a file imports or, of a module that it imports, takes."""
+    used = set()
+    folders = (LIBRARY, ROOT / "tests", ROOT / "benchmarks")
+    for path in [path for folder in folders for path in sorted(folder.rglob("*.py"))]:
+        tree = ast.parse(path.read_text())
+        imports = imported_names(path, tree)
+        used |= {(module, name) for module, name, _ in imports}
+        modules = {here: f"{module}.{name}" for module, name, here in imports}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    here = alias.asname or alias.name.split(".")[0]
+                    modules[here] = alias.name if alias.asname else here
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                first, *rest = ast.unparse(node).split(".")
+                module = ".".join([modules.get(first, first), *rest[:-1]])
+                used.add((module, rest[-1]))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
+                # A test that replaces a name: monkeypatch.setattr(module, "NAME", value).
+                first, *rest = ast.unparse(node.args[0]).split(".")
+                name = getattr(node.args[1], "value", None)
+                used.add((".".join([modules.get(first, first), *rest]), str(name)))
+    return used
+
+
+def names_at_the_top(path: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return names
+
+
+def test_names_of_one_module_alone_begin_with_an_underscore():
+    used = names_used_elsewhere()
+    unmarked = []
+    for path in MODULES + [LIBRARY / "_files.py", LIBRARY / "_devices.py"]:
+        module = dotted_name(path)
+        doors = (import_module(module), import_module(module.rpartition(".")[0]))
+        public = {name for door in doors for name in getattr(door, "__all__", ())}
+        for name in sorted(names_at_the_top(path) - public):
+            if not name.startswith("_") and (module, name) not in used:
+                unmarked.append(f"{module}.{name}")
+    assert not unmarked, "\n".join(unmarked)

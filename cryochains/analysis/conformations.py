@@ -14,11 +14,11 @@ from ..molecule import Structure, chain_names, quiet_prody, write_structure
 from .colors import CHAIN_COLORS
 
 # What PDB text holds: one letter or digit a chain, five digits of a serial number.
-PDB_MAX_CHAINS = 62
-PDB_MAX_ATOMS = 99_999
+_PDB_MAX_CHAINS = 62
+_PDB_MAX_ATOMS = 99_999
 # ChimeraX ends a quoted file name at a quote before a space, and knows no escapes within: the
 # ensemble's name has what can always be quoted instead.
-CHIMERAX_NAME_CHARACTERS = str.maketrans({'"': "'", "\n": " ", "\r": " ", "\t": " "})
+_CHIMERAX_NAME_CHARACTERS = str.maketrans({'"': "'", "\n": " ", "\r": " ", "\t": " "})
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def decode_ensemble(model: Model, latents: Tensor) -> prody.Ensemble:
     Raises
     ------
     ValueError
-        For latents of another model, none, or some that are not finite.
+        For another number of latents than the model has, no conformation, or latents that are not
+        finite. Whether they are of this model, and not of one with as many, is not known.
 
     Examples
     --------
@@ -63,9 +64,9 @@ def save_conformations(path: str | os.PathLike, model: Model, latents: Tensor) -
         - .pdb or .cif: the conformations as models.
         - .dcd: as frames. A DCD holds no names: open it on a file of the same atoms, which
           ``model.structure.save`` writes.
-        - .cxc: a ChimeraX script and, beside it, the file of the same name that it opens (.pdb, or
-          .cif for what PDB text cannot hold). In an empty session it shows the chains in the
-          colours of this library's figures and a slider along the conformations. The two files
+        - .cxc: a ChimeraX script and, beside it, the file that it opens: of x.cxc x-models.pdb, or
+          x-models.cif for what PDB text cannot hold. In an empty session it shows the chains in
+          the colours of this library's figures and a slider along the conformations. The two files
           find each other wherever their folder is moved.
     model : Model
     latents : (m, p) tensor
@@ -78,15 +79,15 @@ def save_conformations(path: str | os.PathLike, model: Model, latents: Tensor) -
     Raises
     ------
     ValueError
-        For another suffix, a folder that cannot be written, latents of another model, or a molecule
-        that the format cannot hold.
+        For another suffix, a folder that cannot be written, latents that `decode_ensemble` refuses,
+        or a molecule that the format cannot hold.
     """
     path = Path(path)
-    suffix = path.suffix
+    suffix = path.suffix.lower()
     if suffix not in (".pdb", ".cif", ".dcd", ".cxc"):
         raise ValueError(
             f"expected a path that ends in .pdb, .cif, .dcd or .cxc, got {path.name}; "
-            f"try {path.stem or 'motion'}.pdb"
+            f"try {path.name.split('.')[0] or 'motion'}.pdb"
         )
     ensemble = decode_ensemble(model, latents)
     if suffix == ".dcd":
@@ -107,7 +108,7 @@ def fits_pdb_text(n_chains: int, n_atoms: int) -> bool:
     >>> fits_pdb_text(62, 99_999), fits_pdb_text(63, 500)
     (True, False)
     """
-    return n_chains <= PDB_MAX_CHAINS and n_atoms <= PDB_MAX_ATOMS
+    return n_chains <= _PDB_MAX_CHAINS and n_atoms <= _PDB_MAX_ATOMS
 
 
 def _write_models(path: Path, structure: Structure, ensemble: prody.Ensemble) -> None:
@@ -122,7 +123,8 @@ def _write_chimerax(path: Path, structure: Structure, ensemble: prody.Ensemble) 
     in_pdb = fits_pdb_text(len(set(chids)), len(chids))
     # mmCIF keeps the chains' own ids.
     name_in_file = chain_names(structure.atoms) if in_pdb else {chid: chid for chid in chids}
-    name = path.with_suffix(".pdb" if in_pdb else ".cif").name.translate(CHIMERAX_NAME_CHARACTERS)
+    # A name of its own: a file that happens to be called as the script is left as it is.
+    name = f"{path.stem}-models{'.pdb' if in_pdb else '.cif'}".translate(_CHIMERAX_NAME_CHARACTERS)
     _write_models(path.with_name(name), structure, ensemble)
     lines = [
         f'open "{name}" coordset true',

@@ -13,7 +13,7 @@ from ..model import KINDS, Dynamics, Model, require_same_model
 # What people ask for: Fig. 3's two panels a chain, or everything.
 KIND_GROUPS = {"modes": ("mode",), "rigid": ("rotation", "translation"), "all": KINDS}
 # Particles that components are computed from.
-MAX_PCA_PARTICLES = 200_000
+_MAX_PCA_PARTICLES = 200_000
 
 
 def latent_table(result: Result) -> pd.DataFrame:
@@ -112,7 +112,8 @@ class PrincipalMotions:
         Raises
         ------
         ValueError
-            When they are of another model.
+            When a result is of another model, or a tensor has not p columns: of which model its
+            latents are is not known.
         """
         if isinstance(other, Result):
             if other.model is not self.model:
@@ -148,7 +149,8 @@ class PrincipalMotions:
         """
         if not 0 <= component < len(self.components):
             raise ValueError(
-                f"expected a component from 0 to {len(self.components) - 1}, got {component}"
+                f"expected a component from 0 to {len(self.components) - 1}, got {component}; "
+                "try 0, which is PC1, or compute_pca with more n_components"
             )
         low, high = np.percentile(self.scores[:, component], percentiles)
         path = self.mean + np.linspace(low, high, n)[:, None] * self.components[component]
@@ -205,7 +207,7 @@ def compute_pca(
     # A view: the latents of a million particles are not copied.
     values = result.latents.numpy()
     # Of a million particles every fifth tells the components as well.
-    step = -(-len(values) // MAX_PCA_PARTICLES)
+    step = -(-len(values) // _MAX_PCA_PARTICLES)
     pca = PCA(n_components, random_state=0).fit(values[::step, wanted].astype(np.float64))
     components = np.zeros((n_components, len(wanted)))
     components[:, wanted] = pca.components_
@@ -226,9 +228,12 @@ def _chosen_latents(dynamics: Dynamics, chain: str | None, kind: str) -> np.ndar
     """(p,) mask of the latents of a chain (None for all) and kind."""
     ids = dynamics.structure.chain_ids
     if chain is not None and chain not in ids:
-        raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}")
+        raise ValueError(
+            f"expected a chain of {', '.join(ids)}, got {chain!r}; try None for all chains"
+        )
     if kind not in KIND_GROUPS:
-        raise ValueError(f"expected kind {', '.join(map(repr, KIND_GROUPS))}, got {kind!r}")
+        kinds = ", ".join(map(repr, KIND_GROUPS))
+        raise ValueError(f"expected kind {kinds}, got {kind!r}; try 'all'")
     wanted = np.isin(dynamics.latent_kind, KIND_GROUPS[kind])
     if chain is not None:
         wanted &= dynamics.latent_chain == ids.index(chain)
@@ -241,7 +246,8 @@ def _require_finite_latents(latents: Tensor) -> None:
         return
     n_bad = int((~torch.isfinite(latents)).any(1).sum())
     raise ValueError(
-        f"expected finite latents, got NaN or Inf in {n_bad:,} of {len(latents):,} particles"
+        f"expected finite latents, got NaN or Inf in {n_bad:,} of {len(latents):,} particles; "
+        "try result[torch.isfinite(result.latents).all(1)]"
     )
 
 

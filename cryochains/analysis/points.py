@@ -5,7 +5,7 @@ Symbols: z → `latents`; C, the posterior covariance of z; D = ∂X/∂z, so th
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from .._files import atomic_path
+from ..images import positions
 from ..inference import Result, posterior_covariance
 from ..model import Dynamics
 from .motions import PrincipalMotions
@@ -200,7 +201,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def save_selection(folder: str | os.PathLike, motions: PrincipalMotions, rows: np.ndarray) -> Path:
+def save_selection(
+    folder: str | os.PathLike,
+    motions: PrincipalMotions,
+    rows: slice | Sequence[int] | np.ndarray | Tensor,
+) -> Path:
     """Write the particles at `rows` of a result as selection-1.csv (or -2, …): row, id, scores.
 
     Particles that came from files are also written as a .star of the same name, for RELION.
@@ -210,7 +215,8 @@ def save_selection(folder: str | os.PathLike, motions: PrincipalMotions, rows: n
     folder : path
     motions : PrincipalMotions
         Of the result; their scores are in the table, Å.
-    rows : (k,) array of int
+    rows : slice, indices or mask
+        As for a numpy array of the result's particles.
 
     Returns
     -------
@@ -221,8 +227,10 @@ def save_selection(folder: str | os.PathLike, motions: PrincipalMotions, rows: n
     ------
     ValueError
         When no particle is selected, or the folder cannot be written.
+    IndexError
+        For a row that the result does not have, or a mask of another length.
     """
-    rows = np.asarray(rows, dtype=int).ravel()
+    rows = positions(rows, len(motions.result)).ravel()
     if not len(rows):
         raise ValueError(
             "expected a selection, got none; try clicking a point or drawing around some"

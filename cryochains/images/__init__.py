@@ -8,7 +8,7 @@
 """
 
 from .ctf import CTF
-from .particles import Batch, ParticleStack, load_particles
+from .particles import Batch, ParticleStack, load_particles, plain_ids
 from .projection import (
     filter_images,
     gaussian_transfer,
@@ -30,6 +30,7 @@ __all__ = [
     "load_particles",
     "noise_std_for_snr",
     "pixel_grid",
+    "plain_ids",
     "positions",
     "project",
     "project_tangents",

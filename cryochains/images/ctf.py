@@ -38,6 +38,14 @@ class CTF:
     def __getitem__(self, rows) -> "CTF":
         return CTF(*(torch.atleast_1d(values[rows]) for values in self.values()))
 
+    def __repr__(self) -> str:
+        parts = [f"{len(self):,} particles"]
+        if len(self):
+            defocus = (self.defocus_u + self.defocus_v) / 2e4
+            low, high = f"{defocus.min():.1f}", f"{defocus.max():.1f}"
+            parts.append(f"defocus {low if low == high else f'{low}–{high}'} µm")
+        return f"CTF({', '.join(parts)})"
+
     def values(self) -> Iterator[Tensor]:
         """The seven tensors, in the order of the fields."""
         return (getattr(self, field.name) for field in fields(self))

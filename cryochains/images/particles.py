@@ -21,17 +21,19 @@ from .ctf import CTF
 from .stacks import Images, Rows, positions
 
 # Largest deviation of an element of R Rᵀ and of the determinant from those of a rotation.
-ROTATION_TOLERANCE = 1e-3
+_ROTATION_TOLERANCE = 1e-3
 # Images read at a time while a stack is written.
-SAVED_CHUNK = 256
+_SAVED_CHUNK = 256
+# Images that tell a stack from another.
+_DIGESTED_IMAGES = 8
 
 
-class PerParticle(Protocol):
+class _PerParticle(Protocol):
     """Anything that holds one row a particle: ``len(it)``, and ``it[rows]`` as of an array."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: Any) -> "PerParticle": ...
+    def __getitem__(self, rows: Any) -> "_PerParticle": ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        size = "no images" if self.images is None else f"{self.images.shape[-1]} px"
+        ctf = "no CTF" if self.ctf is None else "with CTF"
+        return f"Batch({len(self):,} particles, {size}, {ctf}, on {self.rotations.device})"
 
     @property
     def pose(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,7 +102,7 @@ class ParticleStack:
         RELION's image names, by default numbers from 1.
     rows : (n,) int array, optional
         Row of each particle in the file it came from.
-    truth : PerParticle, optional
+    truth : object, optional
         What a simulation knows of each particle: anything with ``len()`` and ``[rows]``.
 
     Attributes
@@ -130,7 +137,7 @@ class ParticleStack:
     ctf: CTF | None
     ids: np.ndarray
     rows: np.ndarray
-    truth: PerParticle | None
+    truth: _PerParticle | None
     # Columns of the file are written again as they were.
     _origin: _Origin | None
 
@@ -144,12 +151,15 @@ class ParticleStack:
         ctf: CTF | None = None,
         ids: Sequence[str | int] | np.ndarray | Tensor | None = None,
         rows: Sequence[int] | np.ndarray | None = None,
-        truth: PerParticle | None = None,
+        truth: _PerParticle | None = None,
         _origin: _Origin | None = None,
     ) -> None:
         images = _as_images(images)
         if not pixel_size > 0:
-            raise ValueError(f"expected a positive pixel size in Å, got {pixel_size}")
+            raise ValueError(
+                f"expected a positive pixel size in Å, got {pixel_size}; "
+                "try that of the micrographs times their binning"
+            )
         n = len(images)
         if shifts is None:
             shifts = torch.zeros(n, 2)
@@ -163,7 +173,7 @@ class ParticleStack:
             "shifts": torch.as_tensor(shifts, dtype=torch.float32),
             "pixel_size": float(pixel_size),
             "ctf": ctf,
-            "ids": _as_ids(ids),
+            "ids": plain_ids(ids),
             "rows": np.asarray(rows, dtype=np.int64),
             "truth": truth,
             "_origin": _origin,
@@ -191,7 +201,8 @@ class ParticleStack:
         ):
             if tuple(got) != expected:
                 raise ValueError(
-                    f"expected {name} of shape {expected} for {n} images, got {tuple(got)}"
+                    f"expected {name} of shape {expected} for {n} images, got {tuple(got)}; "
+                    "try the same selection of both"
                 )
 
     def __len__(self) -> int:
@@ -265,11 +276,21 @@ class ParticleStack:
         return replace(self, **{name: values[chosen] for name, values in known.items()})
 
     def digest(self) -> str:
-        """Short hash of ids, poses, CTFs and the first image.
+        """Short hash of ids, poses, CTFs and up to 8 images.
 
         Tells the particles of an interrupted run from others.
         """
-        return content_digest(self.metadata_digest(), self.read_images([0]))
+        return content_digest(self.metadata_digest(), self.image_digest())
+
+    def image_digest(self) -> str:
+        """Short hash of up to 8 evenly spaced images, the first and the last among them.
+
+        Only these are read: tells images from others, such as those of another polishing, in
+        little time.
+        """
+        n = len(self)
+        rows = np.linspace(0, n - 1, min(n, _DIGESTED_IMAGES)).round().astype(np.int64)
+        return content_digest(self.read_images(rows))
 
     def metadata_digest(self) -> str:
         """Short hash of ids, poses and CTFs, for which no image is read.
@@ -391,7 +412,9 @@ class ParticleStack:
         """
         star = relion.check_star_path(path)
         if not len(self):
-            raise ValueError("expected at least one particle to save, got none")
+            raise ValueError(
+                "expected at least one particle to save, got none; try another selection"
+            )
         if not images:
             relion.write_table(star, self._blocks(relion.present_names(star, self.images)))
             return
@@ -399,10 +422,10 @@ class ParticleStack:
         read_from = [source for source in self.images.paths if source.exists()]
         if stack.exists() and any(stack.samefile(source) for source in read_from):
             raise ValueError(
-                f"expected another name than {stack}, from which these images are read; "
-                "try a new one"
+                "expected a name that none of these images is read from, got "
+                f"{stack}; try a new one"
             )
-        batches = self.batches(SAVED_CHUNK, progress=progress)
+        batches = self.batches(_SAVED_CHUNK, progress=progress)
         relion.write_table_and_stack(
             star,
             self._blocks(relion.image_names(stack.name, len(self))),
@@ -490,19 +513,41 @@ def _as_images(images: Images | Tensor | np.ndarray) -> Images:
     return images
 
 
-def _as_ids(ids: Sequence[str | int] | np.ndarray | Tensor) -> np.ndarray:
-    """Object array of Python's strings and integers."""
+def plain_ids(ids: Sequence[str | int] | np.ndarray | Tensor) -> np.ndarray:
+    """(n,) object array of Python's strings and integers: how this library keeps ids of particles.
+
+    Parameters
+    ----------
+    ids : list, array or tensor
+        Strings or integers, of numpy and torch too.
+
+    Raises
+    ------
+    ValueError
+        When they are no list, or one of them is anything else, such as None, a bool or a float.
+
+    Examples
+    --------
+    >>> plain_ids(np.array([3, 1]))
+    array([3, 1], dtype=object)
+    """
     if isinstance(ids, Tensor):
         ids = ids.tolist()
     # A copy: the ids of a stack do not change with an array of the caller.
     array = np.array(ids, dtype=object)
-    if set(map(type, array.ravel().tolist())) <= {str, int}:
+    if array.ndim != 1:
+        got = repr(ids) if array.ndim == 0 else f"{array.shape}"
+        raise ValueError(
+            f"expected ids of shape (n,), one string or integer a particle, got {got}; "
+            "try a list of strings"
+        )
+    if set(map(type, array)) <= {str, int}:
         return array
-    for position, one in enumerate(array.flat):
+    for position, one in enumerate(array):
         if isinstance(one, str):
-            array.flat[position] = str(one)
+            array[position] = str(one)
         elif isinstance(one, (int, np.integer)) and not isinstance(one, bool):
-            array.flat[position] = int(one)
+            array[position] = int(one)
         else:
             raise ValueError(
                 f"expected ids that are strings or integers, got {one!r} at position {position}; "
@@ -524,7 +569,7 @@ def _same_metadata(particles: ParticleStack, others: ParticleStack) -> bool:
 def _check_rotations(rotations: Tensor) -> None:
     error = (rotations @ rotations.mT - torch.eye(3)).abs().amax(dim=(1, 2))
     determinant = torch.linalg.det(rotations)
-    is_rotation = (error < ROTATION_TOLERANCE) & ((determinant - 1).abs() < ROTATION_TOLERANCE)
+    is_rotation = (error < _ROTATION_TOLERANCE) & ((determinant - 1).abs() < _ROTATION_TOLERANCE)
     if not is_rotation.all():
         row = int((~is_rotation).nonzero()[0])
         raise ValueError(

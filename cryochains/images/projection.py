@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 # and tangents are still normal numbers.
 MIN_EXPONENT = -25.0
 # Widths from its centre at which an atom ends where only its pixels are visited: e⁻⁸ of its height.
-ATOM_EXTENT = 4.0
+_ATOM_EXTENT = 4.0
 # Gaussians of one chunk stay in the cache, and memory does not grow with the molecule.
 ATOMS_PER_CHUNK = 4096
 
@@ -190,13 +190,13 @@ def _scatter(
 ) -> Tensor:
     """(k, box, box) what `project_tangents` gives for one image.
 
-    Only pixels within ATOM_EXTENT widths of an atom are visited: a sparse (box², 2n) matrix with
+    Only pixels within _ATOM_EXTENT widths of an atom are visited: a sparse (box², 2n) matrix with
     the derivatives of every atom's Gaussian along x and y, times the (2n, k) tangents.
     """
     k, n, _ = tangents.shape
     nearest = (xy / pixel_size).round()
     # Few window sizes: atoms of similar width share one.
-    extent = 2 ** torch.log2(ATOM_EXTENT * sigma / pixel_size).mul_(2).ceil_().div_(2)
+    extent = 2 ** torch.log2(_ATOM_EXTENT * sigma / pixel_size).mul_(2).ceil_().div_(2)
     values, pixels, counts, order = [], [], [], []
     for radius in extent.unique():
         atoms = torch.nonzero(extent == radius).squeeze(1)

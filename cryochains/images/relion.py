@@ -22,9 +22,9 @@ from .._files import atomic_path
 from .ctf import CTF
 from .stacks import Images, StackFile, write_stack
 
-EULER_COLUMNS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+_EULER_COLUMNS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 # Column → field of the CTF, and what one unit of RELION is here.
-CTF_COLUMNS = {
+_CTF_COLUMNS = {
     "rlnDefocusU": ("defocus_u", 1.0),
     "rlnDefocusV": ("defocus_v", 1.0),
     "rlnDefocusAngle": ("defocus_angle", np.pi / 180),
@@ -35,20 +35,20 @@ CTF_COLUMNS = {
 }
 # Columns of an optics group, with values for images without CTF: RELION refuses a file without
 # voltage and spherical aberration, even where no CTF is used.
-OPTICS_DEFAULTS = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
+_OPTICS_DEFAULTS = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
 # Columns that fresh ones replace: the CTF, and what RELION 3.0 and before wrote in pixels.
-REPLACED_COLUMNS = (
+_REPLACED_COLUMNS = (
     "rlnOriginX",
     "rlnOriginY",
     "rlnPixelSize",
     "rlnDetectorPixelSize",
     "rlnMagnification",
-    *CTF_COLUMNS,
+    *_CTF_COLUMNS,
 )
 # Where one of these is not 0, the images were changed and no longer show the CTF of the table.
-ALTERED_COLUMNS = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
+_ALTERED_COLUMNS = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 # At a smaller sine of tilt, rot and psi turn about the same axis to the precision of float32.
-MIN_SIN_TILT = 1e-7
+_MIN_SIN_TILT = 1e-7
 
 
 def euler_to_rotation(angles: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def rotation_to_euler(rotations: Tensor) -> Tensor:
     sin_tilt = torch.hypot(matrix[..., 0, 2], matrix[..., 1, 2])
     tilt = torch.atan2(sin_tilt, matrix[..., 2, 2])
     psi = torch.atan2(matrix[..., 1, 2], -matrix[..., 0, 2])
-    psi = torch.where(sin_tilt > MIN_SIN_TILT, psi, 0.0)
+    psi = torch.where(sin_tilt > _MIN_SIN_TILT, psi, 0.0)
     # The second row of the matrix once psi is turned back, (−sin rot, cos rot, 0): of length 1
     # for every tilt, so rot is as precise near the poles as elsewhere.
     turned_back = (
@@ -147,7 +147,8 @@ class ParticleTable:
         unknown = sorted(set(groups.astype(str)) - set(optics["rlnOpticsGroup"]))
         if unknown:
             raise ValueError(
-                f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such row"
+                f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such "
+                "row; try the .star file that RELION wrote"
             )
         return groups.map(optics.set_index("rlnOpticsGroup")[column])
 
@@ -169,7 +170,8 @@ class ParticleTable:
         if len(bad):
             cell = text.iloc[bad[0]]
             raise ValueError(
-                f"expected numbers in {column} of {self.path}, got {cell!r} in row {bad[0] + 1}"
+                f"expected numbers in {column} of {self.path}, got {cell!r} in row "
+                f"{bad[0] + 1}; try leaving that particle out"
             )
         return values
 
@@ -215,8 +217,8 @@ class ParticleTable:
 
     def poses(self, pixel_size: float) -> tuple[Tensor, Tensor]:
         """(n, 3, 3) rotations and (n, 2) shifts in Å, both float32."""
-        self.require(EULER_COLUMNS)
-        angles = np.stack([self.numbers(column) for column in EULER_COLUMNS], axis=1)
+        self.require(_EULER_COLUMNS)
+        angles = np.stack([self.numbers(column) for column in _EULER_COLUMNS], axis=1)
         origins = [self._origin(axis, pixel_size) for axis in "XY"]
         # RELION moves an image by its origin to centre the particle, which is displaced by minus
         # that.
@@ -236,15 +238,15 @@ class ParticleTable:
         """The CTF of every particle, or None when the table has no defocus."""
         if not self.has("rlnDefocusU"):
             return None
-        for column in ALTERED_COLUMNS:
+        for column in _ALTERED_COLUMNS:
             if self.numbers(column, default=0.0).any():
                 raise ValueError(
                     f"expected images as the microscope gave them, got {column} in {self.path}; "
                     "try extracting the particles without it"
                 )
-        self.require(column for column in CTF_COLUMNS if column != "rlnPhaseShift")
+        self.require(column for column in _CTF_COLUMNS if column != "rlnPhaseShift")
         fields = {}
-        for column, (field, unit) in CTF_COLUMNS.items():
+        for column, (field, unit) in _CTF_COLUMNS.items():
             fields[field] = torch.from_numpy(self.numbers(column, default=0.0) * unit)
         return CTF(**fields)
 
@@ -268,7 +270,7 @@ class ParticleTable:
         return Images(stacks, stack_index, slice_index, sign)
 
     def _open_stacks(self, names: list[str]) -> tuple[StackFile, ...]:
-        paths = [find_stack(name, self.path) for name in names]
+        paths = [_find_stack(name, self.path) for name in names]
         missing = [name for name, path in zip(names, paths, strict=True) if path is None]
         if missing:
             listed = ", ".join(missing[:3])
@@ -306,11 +308,11 @@ class ParticleTable:
         others = {
             name: block for name, block in self.blocks.items() if name not in ("optics", self.name)
         }
-        kept = particles.drop(columns=list(REPLACED_COLUMNS), errors="ignore")
+        kept = particles.drop(columns=list(_REPLACED_COLUMNS), errors="ignore")
         return {**others, **fresh, "particles": kept.assign(**fresh["particles"])}
 
 
-def find_stack(name: str, star: Path) -> Path | None:
+def _find_stack(name: str, star: Path) -> Path | None:
     """The file called `name` in the folder of `star` or in one above it.
 
     RELION's names are relative to the folder of the project, in which the .star files lie deeper.
@@ -377,18 +379,18 @@ def new_blocks(
     """Blocks of a RELION 3.1 file for particles that came from no file."""
     particles: dict[str, list[str]] = {"rlnImageName": names}
     angles = rotation_to_euler(rotations)
-    for number, column in enumerate(EULER_COLUMNS):
+    for number, column in enumerate(_EULER_COLUMNS):
         particles[column] = _six_decimals(angles[:, number])
     for number, axis in enumerate("XY"):
         # Adding 0 turns −0 into 0.
         particles[f"rlnOrigin{axis}Angst"] = _six_decimals(-shifts[:, number] + 0.0)
-    optics = np.tile(list(OPTICS_DEFAULTS.values()), (len(names), 1))
+    optics = np.tile(list(_OPTICS_DEFAULTS.values()), (len(names), 1))
     if ctf is not None:
         values = {
             column: np.asarray(getattr(ctf, field)) / unit
-            for column, (field, unit) in CTF_COLUMNS.items()
+            for column, (field, unit) in _CTF_COLUMNS.items()
         }
-        optics = np.stack([values.pop(column) for column in OPTICS_DEFAULTS], axis=1)
+        optics = np.stack([values.pop(column) for column in _OPTICS_DEFAULTS], axis=1)
         particles |= {column: _six_decimals(cells) for column, cells in values.items()}
     groups, particles["rlnOpticsGroup"] = _optics_groups(optics)
     groups["rlnImagePixelSize"] = f"{pixel_size:.9g}"
@@ -405,7 +407,7 @@ def _optics_groups(optics: np.ndarray) -> tuple[pd.DataFrame, list[str]]:
         "rlnOpticsGroup": numbers,
         "rlnOpticsGroupName": [f"opticsGroup{number}" for number in numbers],
     }
-    for column, values in zip(OPTICS_DEFAULTS, rows.T, strict=True):
+    for column, values in zip(_OPTICS_DEFAULTS, rows.T, strict=True):
         table[column] = [f"{value:g}" for value in values]
     return pd.DataFrame(table), [numbers[index] for index in group_index.ravel()]
 
@@ -461,7 +463,8 @@ def write_particles(
     if n < 1 or len(shifts) != n or n_ctfs != n:
         raise ValueError(
             "expected a rotation, a shift and a CTF for each of one particle or more, got "
-            f"{n} rotations, {len(shifts)} shifts and {n_ctfs} CTFs"
+            f"{n} rotations, {len(shifts)} shifts and {n_ctfs} CTFs; "
+            "try the same selection of all three"
         )
     blocks = new_blocks(
         image_names(star.with_suffix(".mrcs").name, n),
@@ -525,7 +528,7 @@ def present_names(star: Path, images: Images) -> list[str]:
                 "expected images in files to write a .star alone, got images in memory; "
                 "try images=True"
             )
-        nearby = find_stack(stack.name, star)
+        nearby = _find_stack(stack.name, star)
         same = nearby is not None and nearby.samefile(stack.path)
         names.append(stack.name if same else os.path.abspath(stack.path))
     pairs = zip(images.stack_index, images.slice_index, strict=True)

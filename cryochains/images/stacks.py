@@ -15,7 +15,7 @@ from mrcfile.utils import data_dtype_from_header, data_shape_from_header
 from torch import Tensor
 
 # Stacks kept open at a time; a RELION project may have tens of thousands.
-MAX_OPEN_STACKS = 16
+_MAX_OPEN_STACKS = 16
 
 Rows: TypeAlias = int | slice | Sequence[int] | np.ndarray | Tensor
 
@@ -110,7 +110,7 @@ def _file_stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=MAX_OPEN_STACKS)
+@lru_cache(maxsize=_MAX_OPEN_STACKS)
 def _open_mapped(path: Path, stamp: tuple[int, int]) -> MrcMemmap:
     return mrcfile.mmap(path, mode="r", permissive=False)
 
@@ -227,7 +227,8 @@ def positions(rows: Rows, n: int) -> np.ndarray:
         return np.array(np.arange(n)[index], ndmin=1)
     except IndexError as error:
         raise IndexError(
-            f"expected positions within {n} particles, got {np.asarray(index)} ({error})"
+            f"expected positions within {n} particles, got {np.asarray(index)} ({error}); "
+            f"try numbers from 0 to {n - 1}, or a mask of {n}"
         ) from error
 
 
@@ -273,11 +274,14 @@ def _as_announced(chunks: Iterable[Tensor], n_images: int, box_size: int) -> Ite
     for chunk in chunks:
         if tuple(chunk.shape[1:]) != (box_size, box_size):
             raise ValueError(
-                f"expected chunks of shape (k, {box_size}, {box_size}), got {tuple(chunk.shape)}"
+                f"expected chunks of shape (k, {box_size}, {box_size}), got "
+                f"{tuple(chunk.shape)}; try images of the announced box"
             )
         n_seen += len(chunk)
         if n_seen > n_images:
-            raise ValueError(f"expected {n_images} images, got {n_seen} or more")
+            raise ValueError(
+                f"expected {n_images} images, got {n_seen} or more; try one image a particle"
+            )
         yield np.ascontiguousarray(chunk.cpu().numpy(), dtype=np.float32)
     if n_seen < n_images:
-        raise ValueError(f"expected {n_images} images, got {n_seen}")
+        raise ValueError(f"expected {n_images} images, got {n_seen}; try one image a particle")

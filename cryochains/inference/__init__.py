@@ -1,15 +1,10 @@
 """From images to latents: the refinement, the paper's encoder, and scores against a known truth."""
 
 from .encoder import Encoder, EncoderNetwork, encode, load_encoder
+from .identity import require_count, require_same_ids
 from .likelihood import measure_contrast, normal_equations, position_variance
 from .refinement import refine
-from .result import (
-    Result,
-    load_result,
-    posterior_covariance,
-    require_count,
-    require_same_ids,
-)
+from .result import Result, load_result, posterior_covariance
 from .scores import (
     Scores,
     correlation,

@@ -6,6 +6,7 @@ Symbols of the paper: ℰ → `EncoderNetwork`; its outputs α, (w₁, w₂) and
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import cast
 
@@ -231,12 +232,29 @@ def new_network(model: Model, width: float, pool: str, seed: int) -> EncoderNetw
 
 
 def load_encoder(path: str | os.PathLike) -> Encoder:
-    """Open an encoder that ``Encoder.save`` wrote.
+    """Open an encoder that ``Encoder.save`` wrote; nothing else is needed.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    Encoder
 
     Raises
     ------
     FileNotFoundError, ValueError
         When there is no such file, or it is damaged.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> model = Model(load_structure("glua3-closed"), modes=None, box_size=32, pixel_size=5.0)
+    >>> untrained = Encoder(model, new_network(model, width=0.1, pool="block", seed=0), 1.0, ())
+    >>> untrained.save("results/doc/encoder.safetensors")
+    >>> load_encoder("results/doc/encoder.safetensors")
+    Encoder('glua3-closed', 0.1 M weights, 0 epochs)
     """
     tensors, meta = load_tensors(path, ENCODER_KIND)
     try:
@@ -298,7 +316,9 @@ def encode(
     """
     require_same_images(encoder.model, particles)
     device = choose_device(device)
-    latents = encode_images(encoder.network, particles, batch_size, device)
+    # A copy: the encoder stays where and as it is, whatever happens.
+    network = deepcopy(encoder.network).to(device).eval()
+    latents = encode_images(network, particles, batch_size)
     return Result(
         encoder.model,
         latents,
@@ -310,13 +330,8 @@ def encode(
 
 
 @torch.no_grad()
-def encode_images(
-    network: EncoderNetwork, particles: ParticleStack, batch_size: int, device: torch.device
-) -> Tensor:
-    """(N, p) latents of every particle, on the CPU; the network is left in evaluation mode."""
-    home = next(network.parameters()).device
-    network = network.to(device).eval()
+def encode_images(network: EncoderNetwork, particles: ParticleStack, batch_size: int) -> Tensor:
+    """(N, p) latents of every particle, on the CPU, by a network in evaluation mode."""
+    device = next(network.parameters()).device
     batches = particles.batches(batch_size, device=device)
-    latents = torch.cat([network(batch.images).cpu() for batch in batches])
-    network.to(home)
-    return latents
+    return torch.cat([network(batch.images).cpu() for batch in batches])

@@ -40,6 +40,7 @@ from ..model import (
     require_same_model,
     shrink_covariance,
 )
+from .identity import require_latents, require_same_ids
 from .likelihood import (
     frequency_band,
     map_blocks,
@@ -48,7 +49,7 @@ from .likelihood import (
     position_variance,
     require_bright_protein,
 )
-from .result import Result, require_same_ids
+from .result import Result
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
 BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
@@ -134,6 +135,9 @@ def refine(
     >>> refine(model, particles, blurs=(4.0, 0.0), progress=False)
     Result(8 particles, refined, 12 latents of 'glua3-closed', spread ... Å)
     """
+    blurs = tuple(float(blur) for blur in np.atleast_1d(blurs))
+    if n_population < 1:
+        raise ValueError(f"expected n_population of 1 or more, got {n_population}; try 4000")
     first = _checked_start(model, particles, population, start, blurs)
     n = len(particles)
     model = model.to(choose_device(device))
@@ -146,7 +150,7 @@ def refine(
             particles=particles[rows],
             start=None if first is None else first[rows],
             population=population,
-            blurs=tuple(blurs),
+            blurs=blurs,
             batch_size=batch_size,
             checkpoint=_block_path(checkpoint, number),
         )
@@ -162,7 +166,6 @@ def refine(
         std,
         population,
         particles,
-        contrast=1.0 if population is None else population.contrast,
         history=history,
         kind="refined",
     )
@@ -173,12 +176,14 @@ def _checked_start(
     particles: ParticleStack,
     population: Population | None,
     start: Result | Tensor | None,
-    blurs: Sequence[float],
+    blurs: tuple[float, ...],
 ) -> Tensor | None:
     """Latents to start from; ValueError for what does not belong together."""
     require_same_images(model, particles)
-    if not len(blurs):
-        raise ValueError("expected at least one blur in Å, got none; try blurs=(0.0,)")
+    if not blurs or not all(0 <= blur < np.inf for blur in blurs):
+        raise ValueError(
+            f"expected blurs of 0 Å or more, one or several, got {list(blurs)}; try blurs=(0.0,)"
+        )
     if population is not None:
         require_population(model, population)
     if start is None:
@@ -186,13 +191,14 @@ def _checked_start(
     if isinstance(start, Result):
         require_same_model(model, start.model.fingerprint, "a result to start from")
         require_same_ids(start.ids, particles.ids, "particles")
+        if start.particles_digest not in (None, particles.metadata_digest()):
+            raise ValueError(
+                "expected a result of these particles to start from, got one of others with the "
+                "same ids: their poses, CTFs, box or pixel size differ; try start=result.latents"
+            )
         start = start.latents
-    expected = (len(particles), model.n_latents)
-    if tuple(start.shape) != expected or not torch.isfinite(start).all():
-        raise ValueError(
-            f"expected finite start latents of shape {expected}, got {tuple(start.shape)}; "
-            "try start=None"
-        )
+    start = torch.as_tensor(start)
+    require_latents(start, len(particles), model, "start latents")
     return start
 
 

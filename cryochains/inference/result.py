@@ -1,8 +1,9 @@
 """What is known of every particle: latents with error bars, and all that gives them a meaning."""
 
+import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .._devices import choose_device
 from .._files import load_tensors, pack_text, save_tensors, unpack_text
-from ..images import ParticleStack, load_particles, positions
+from ..images import ParticleStack, load_particles, plain_ids, positions
 from ..model import (
     Model,
     Population,
@@ -22,6 +23,7 @@ from ..model import (
     require_same_images,
     unpack_model,
 )
+from .identity import require_count, require_same_ids, select_by_id
 from .likelihood import normal_equations, position_variance
 
 RESULT_KIND = "result"
@@ -48,12 +50,19 @@ class Result:
         The particles, in the same order.
     ids : (N,) array, optional
         Strings or integers. By default those of the particles, else numbers from 1.
-    contrast : float
-        Brightness of the images over the model's.
+    contrast : float, optional
+        Brightness of the images over the model's; by default the population's, else 1.
     history : sequence of dict
         One record a pass over the images.
     kind : {"refined", "encoded", "given"}
         Where the latents come from; "given" by the caller.
+    particles_digest : str, optional
+        Hash of the particles' ids, poses and CTFs. A result keeps it, so that other particles with
+        the same ids are refused where it is saved, opened or changed by `dataclasses.replace`.
+
+    Notes
+    -----
+    Tensors are not copied, since there may be a million particles: do not write into them.
 
     Raises
     ------
@@ -78,9 +87,10 @@ class Result:
     particles: ParticleStack | None = None
     # None only while a result is made: numbers from 1, or the particles' own.
     ids: Any = None
-    contrast: float = 1.0
+    contrast: Any = None
     history: Sequence[Mapping] = ()
     kind: str = "given"
+    particles_digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ANSWER_KINDS:
@@ -108,22 +118,49 @@ class Result:
             "latents": latents,
             "std": std,
             "ids": ids,
-            "contrast": float(self.contrast),
+            "contrast": self._checked_contrast(),
+            "particles_digest": self._checked_digest(),
             "history": tuple(dict(record) for record in self.history),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def _checked_contrast(self) -> float:
+        if self.population is None:
+            contrast = 1.0 if self.contrast is None else float(self.contrast)
+        else:
+            contrast = self.population.contrast
+            if self.contrast is not None and not math.isclose(self.contrast, contrast):
+                raise ValueError(
+                    f"expected the population's contrast {contrast:g}, got {self.contrast:g}; "
+                    "try leaving it out"
+                )
+        if not 0 < contrast < math.inf:
+            raise ValueError(f"expected a positive contrast, got {contrast:g}; try leaving it out")
+        return contrast
+
+    def _checked_digest(self) -> str | None:
+        if self.particles is None:
+            return self.particles_digest
+        digest = self.particles.metadata_digest()
+        if self.particles_digest not in (None, digest):
+            raise ValueError(
+                "expected the particles of the result, got others with the same ids: their poses, "
+                "CTFs, box or pixel size differ; try the particles that it was made of"
+            )
+        return digest
+
     def _checked_ids(self, n: int) -> np.ndarray:
         if self.particles is not None:
-            require_same_images(self.model, self.particles)
+            if len(self.particles):
+                require_same_images(self.model, self.particles)
             if self.ids is None:
                 require_count(n, len(self.particles), "particles")
                 return self.particles.ids
             require_same_ids(self.ids, self.particles.ids, "particles")
         if self.ids is None:
             return np.array([f"{i + 1:06d}" for i in range(n)], dtype=object)
-        ids = _plain_ids(self.ids)
+        ids = plain_ids(self.ids)
         require_count(n, len(ids), "ids")
         return ids
 
@@ -138,6 +175,7 @@ class Result:
             std=None if self.std is None else self.std[rows],
             particles=None if self.particles is None else self.particles[rows],
             ids=self.ids[rows],
+            particles_digest=None,
         )
 
     @torch.no_grad()
@@ -161,17 +199,17 @@ class Result:
             "history": list(self.history),
             "population": None,
             "source": None,
-            "digest": None,
+            "digest": self.particles_digest,
+            "images": None,
         }
         if self.std is not None:
             tensors["std"] = self.std
         if self.population is not None:
             tensors |= {f"population/{k}": v for k, v in self.population.tensors().items()}
             meta["population"] = self.population.description()
-        if self.particles is not None:
-            meta["digest"] = self.particles.metadata_digest()
         if self.particles is not None and self.particles.source is not None:
             tensors["rows"] = torch.from_numpy(np.asarray(self.particles.rows))
+            meta["images"] = _image_digest(self.particles)
             star = os.path.relpath(self.particles.source["star"], Path(path).resolve().parent)
             meta["source"] = {**self.particles.source, "relative": star}
         save_tensors(path, tensors, meta)
@@ -218,7 +256,8 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     tensors, meta = load_tensors(path, RESULT_KIND)
     try:
         result = _unpack_result(tensors, meta)
-        source, digest = meta["source"], meta["digest"]
+        source = meta["source"]
+        digests = (meta["digest"], meta["images"])
         rows = None if source is None else tensors["rows"].numpy()
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -226,16 +265,10 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
             f"({type(error).__name__}: {error}); try another copy of it"
         ) from error
     if particles is not None:
-        chosen = select_by_id(particles, result.ids)
-        if digest is not None and chosen.metadata_digest() != digest:
-            raise ValueError(
-                "expected the particles of the result, got others with the same ids: their poses, "
-                "CTFs, box or pixel size differ; try the particles that it was made of"
-            )
-        return replace(result, particles=chosen)
+        return replace(result, particles=select_by_id(particles, result.ids))
     if rows is None:
         return result
-    stack = _reopen(source, rows, digest, Path(path).resolve().parent)
+    stack = _reopen(source, rows, digests, Path(path).resolve().parent)
     return result if stack is None else replace(result, particles=stack)
 
 
@@ -250,25 +283,31 @@ def _unpack_result(tensors: dict[str, Tensor], meta: dict) -> Result:
         tensors.get("std"),
         population,
         ids=np.array(unpack_text(tensors["ids"]), dtype=object),
-        contrast=meta["contrast"],
+        contrast=float(meta["contrast"]),
         history=meta["history"],
         kind=meta["answer"],
+        particles_digest=meta["digest"],
     )
 
 
-def _reopen(source: dict, rows: np.ndarray, digest: str, folder: Path) -> ParticleStack | None:
+def _reopen(source: dict, rows: np.ndarray, digests: tuple, folder: Path) -> ParticleStack | None:
     """The particles of a saved result, or None, with a warning, where they are no longer there."""
+    metadata, images = digests
     reason = "it is not there"
     for star in (folder / source["relative"], Path(source["star"])):
         if not star.is_file():
             continue
         try:
             stack = load_particles(star, invert=source["invert"])[rows]
-            if stack.metadata_digest() == digest:
-                return stack
-            reason = "its particles, poses or CTFs are not those that the result was made of"
         except (ValueError, IndexError, FileNotFoundError) as error:
             reason = str(error)
+            continue
+        if stack.metadata_digest() != metadata:
+            reason = "its particles, poses or CTFs are not those that the result was made of"
+        elif images not in (None, _image_digest(stack)):
+            reason = "its images are not those that the result was made of"
+        else:
+            return stack
     warnings.warn(
         f"the result opens without its particles: {source['star']} was read when it was made, and "
         f"now {reason}; try load_result(path, particles=…)",
@@ -277,83 +316,16 @@ def _reopen(source: dict, rows: np.ndarray, digest: str, folder: Path) -> Partic
     return None
 
 
+def _image_digest(particles: ParticleStack) -> str | None:
+    """Hash of some images; None where they cannot be read, which is no reason not to save."""
+    try:
+        return particles.image_digest()
+    except (ValueError, OSError):
+        return None
+
+
 def _plain(values: Tensor) -> Tensor:
     return torch.as_tensor(values).detach().cpu().float()
-
-
-def _plain_ids(ids: Iterable) -> np.ndarray:
-    """(N,) object array of Python's strings and integers, which a file can keep."""
-    plain: list[str | int] = []
-    for one in ids:
-        if isinstance(one, (str, int)):
-            plain.append(one)
-        elif isinstance(one, np.integer):
-            plain.append(int(one))
-        else:
-            raise ValueError(
-                f"expected ids that are strings or integers, got {one!r}; try str of each"
-            )
-    return np.array(plain, dtype=object)
-
-
-def require_count(expected: int, got: int, what: str) -> None:
-    """Raise ValueError when there is not one of `what` for each of the `expected` particles."""
-    if expected != got:
-        raise ValueError(
-            f"expected {expected:,} {what}, one a row of latents, got {got:,}; "
-            "try the same selection of both"
-        )
-
-
-def require_same_ids(expected: Iterable, got: Iterable, what: str) -> None:
-    """Raise ValueError when two lists of particles' ids are not the same in the same order."""
-    expected, got = list(expected), list(got)
-    if expected == got:
-        return
-    if len(expected) != len(got):
-        raise ValueError(
-            f"expected {len(expected):,} {what}, one for each particle, got {len(got):,}; "
-            "try the same selection of both"
-        )
-    row = next(i for i, pair in enumerate(zip(expected, got, strict=True)) if pair[0] != pair[1])
-    same = sorted(map(str, expected)) == sorted(map(str, got))
-    order = "the same ones in another order" if same else "others"
-    raise ValueError(
-        f"expected {what} with the ids of the result, got {order}: row {row} is {got[row]!r} "
-        f"instead of {expected[row]!r}; try load_result(path, particles), which finds them by id"
-    )
-
-
-def select_by_id(particles: ParticleStack, ids: Iterable) -> ParticleStack:
-    """Those of `particles` with the given `ids`, in the order of the `ids`.
-
-    Raises
-    ------
-    ValueError
-        When an id is missing, or stands for several particles.
-    """
-    ids = list(ids)
-    if list(particles.ids) == ids:
-        return particles
-    rows: dict = {}
-    repeated = set()
-    for row, name in enumerate(particles.ids):
-        if name in rows:
-            repeated.add(name)
-        rows[name] = row
-    missing = [name for name in ids if name not in rows]
-    if missing:
-        raise ValueError(
-            f"expected particles with the ids of the result, got none with {len(missing):,} of "
-            f"them, such as {missing[0]!r}; try the .star file that was refined"
-        )
-    ambiguous = [name for name in ids if name in repeated]
-    if ambiguous:
-        raise ValueError(
-            f"expected one particle an id, got several with {ambiguous[0]!r}; "
-            "try the particles in the order of the result"
-        )
-    return particles[[rows[name] for name in ids]]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._devices import choose_device
 from ..images import ParticleStack
 from ..model import Model, Population, Truth, require_population, require_same_images
+from .identity import require_latents
 from .likelihood import normal_equations
 from .result import Result
 
@@ -244,6 +245,8 @@ def information_limit(
     if latents is None:
         latents, floors = true_latents(model, particles)
         floor = floors.numpy()
+    latents = torch.as_tensor(latents)
+    require_latents(latents, len(particles), model, "true latents")
     if population is None:
         population = true_population(model, particles, latents)
     require_population(model, population)

@@ -97,11 +97,16 @@ def train_encoder(
     """
     if precision not in ("no", "bf16"):
         raise ValueError(f'expected precision "no" or "bf16", got {precision!r}; try "no"')
+    if epochs < 1 or patience < 1 or not width > 0:
+        raise ValueError(
+            f"expected at least one epoch, patience of one or more and a positive width, got "
+            f"epochs={epochs}, patience={patience} and width={width}; try the defaults"
+        )
     for particles in (train, validation):
         require_same_images(model, particles)
     model = model.to(choose_device(device))
     settings = {"width": width, "pool": pool, "learning_rate": learning_rate}
-    settings |= {"batch_size": batch_size, "seed": seed}
+    settings |= {"batch_size": batch_size, "seed": seed, "precision": precision}
     settings["data"] = content_digest(train.digest(), validation.digest())
     network = new_network(model, width, pool, seed).to(model.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
@@ -236,7 +241,7 @@ def _evaluate(training: _Training, contrast: float) -> dict:
         total += float(training.loss(batch, contrast)) * len(batch.rows)
     record = {"held_out_loss": total / len(particles), "rmsd": None, "explained_motion": None}
     if particles.truth is not None:
-        latents = encode_images(training.network, particles, training.batch_size, device)
+        latents = encode_images(training.network, particles, training.batch_size)
         scores = score(Result(training.model, latents, particles=particles))
         record |= {"rmsd": scores.rmsd, "explained_motion": scores.explained_motion}
     return record

@@ -60,8 +60,8 @@ class Microscope:
         box = int(self.box_size)
         if box < 2 or box % 2:
             raise ValueError(f"expected an even box size, got {self.box_size}; try {box + 1}")
-        if not self.pixel_size > 0:
-            raise ValueError(f"expected a positive pixel size in Å, got {self.pixel_size}")
+        if not 0 < self.pixel_size < np.inf:
+            raise ValueError(f"expected a positive pixel size in Å, got {self.pixel_size}; try 1.0")
         sigma = max(2.0, 0.8 * self.pixel_size) if self.sigma is None else self.sigma
         if not sigma > 0:
             raise ValueError(f"expected a positive sigma in Å, got {self.sigma}; try 2.0")

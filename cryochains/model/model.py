@@ -175,7 +175,7 @@ class Model:
         }
 
     def __repr__(self) -> str:
-        chains = " ".join(self.structure.chain_ids)
+        chains = self.structure.chain_summary
         latents = repr(self.dynamics).split(", ", 1)[1].removesuffix(")")
         size = f"{self.box_size} px × {self.pixel_size:g} Å"
         return f"Model({self.structure.name!r}, chains {chains}, {latents}; {size})"
@@ -228,7 +228,7 @@ def _image_size(
 
 
 def _is_zero(modes: int | Sequence[int]) -> bool:
-    return not isinstance(modes, Sequence) and modes == 0
+    return np.ndim(modes) == 0 and modes == 0
 
 
 def _mode_numbers(modes: Modes) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 from .pairing import pair_bodies
 from .residues import assign_nodes, residue_ids
 from .sources import select_rows
-from .structure import Structure
+from .structure import MOST_NAMED_CHAINS, Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +38,23 @@ class Match:
         return iter((self.a, self.b))
 
     def __repr__(self) -> str:
-        counts = np.bincount(self.a.node_chain, minlength=self.a.n_chains)
-        parts = []
-        for c, chain in enumerate(self.a.chain_ids):
-            how = " by sequence" if chain in self.aligned else ""
-            lost = " and ".join(map(str, self.dropped[chain]))
-            pair = f"{chain}={self.b.chain_ids[c]}"
-            parts.append(f"{pair}: {counts[c]} residues in common{how}, {lost} dropped")
-        names = f"{self.a.name} and {self.b.name}"
-        return f"Match({names}; bodies paired {self.paired}; {'; '.join(parts)})"
+        parts = [f"bodies paired {self.paired}"]
+        bodies = list(range(self.a.n_chains))
+        if len(bodies) <= MOST_NAMED_CHAINS:
+            parts += [self._pair_words(body) for body in bodies]
+        else:
+            parts += [f"{len(bodies)} pairs", *(self._pair_words(body) for body in bodies[:2])]
+            parts += ["…", self._pair_words(bodies[-1])]
+        return f"Match({self.a.name} and {self.b.name}; {'; '.join(parts)})"
+
+    def _pair_words(self, body: int) -> str:
+        """What one body has in common with its partner."""
+        chain = self.a.chain_ids[body]
+        how = " by sequence" if chain in self.aligned else ""
+        lost = " and ".join(map(str, self.dropped[chain]))
+        n_common = np.count_nonzero(self.a.node_chain == body)
+        pair = f"{chain}={self.b.chain_ids[body]}"
+        return f"{pair}: {n_common} residues in common{how}, {lost} dropped"
 
 
 def match_structures(a: Structure, b: Structure) -> Match:
@@ -86,8 +94,8 @@ def match_structures(a: Structure, b: Structure) -> Match:
     """
     if a.n_chains != b.n_chains:
         raise ValueError(
-            f"expected as many bodies in both structures, got {' '.join(a.chain_ids)} and "
-            f"{' '.join(b.chain_ids)}; try naming the chains"
+            f"expected as many bodies in both structures, got {a.chain_summary} and "
+            f"{b.chain_summary}; try load_structure with the chains that both have"
         )
     partners, common, paired = pair_bodies(a, b)
     sizes_a = np.bincount(a.node_chain)
@@ -113,7 +121,8 @@ def _common_imaging_atoms(
     only_nodes_a, only_nodes_b = (np.array_equal(s.rows, s.node_rows) for s in (a, b))
     if only_nodes_a != only_nodes_b:
         raise ValueError(
-            "expected both structures with the same kind of imaging atoms, got 'ca' and 'heavy'"
+            "expected both structures with the same kind of imaging atoms, got 'ca' and "
+            "'heavy'; try load_structure with the same atoms for both"
         )
     if only_nodes_a:
         return a.node_rows[kept_a], b.node_rows[kept_b]

@@ -116,7 +116,7 @@ def compute_modes(
         if k > most:
             raise ValueError(
                 f"expected at most {most} modes for the {len(coords)} nodes of chain {chain}, "
-                f"got {k}"
+                f"got {k}; try {most} or fewer"
             )
         solution = (_cached_modes if cache else _solve_modes)(coords, k, cutoff)
         used = float(solution["cutoff"])
@@ -296,8 +296,14 @@ def find_chain(structure: Structure, modes: Modes, chain: str | None = None, mod
         )
     chain = structure.chain_ids[0] if chain is None else chain
     if chain not in structure.chain_ids:
-        raise ValueError(f"expected a chain of {', '.join(structure.chain_ids)}, got {chain!r}")
+        raise ValueError(
+            f"expected a chain of {', '.join(structure.chain_ids)}, got {chain!r}; "
+            "try None for the first"
+        )
     number = structure.chain_ids.index(chain)
     if not 0 <= mode < modes.n_modes[number]:
-        raise ValueError(f"expected a mode from 0 to {modes.n_modes[number] - 1}, got {mode}")
+        raise ValueError(
+            f"expected a mode from 0 to {modes.n_modes[number] - 1}, got {mode}; "
+            "try 0, the softest, or compute_modes with more n_modes"
+        )
     return number

@@ -31,7 +31,7 @@ _FORBIDDEN_COST = 1e12
 
 
 @dataclass(frozen=True, eq=False)
-class CommonResidues:
+class _CommonResidues:
     """Residues that two bodies share.
 
     Attributes
@@ -60,10 +60,10 @@ class _BodySequence:
 
 
 # Common residues of body i of one structure and body j of the other.
-_Common = Callable[[int, int], CommonResidues]
+_Common = Callable[[int, int], _CommonResidues]
 
 
-def pair_bodies(a: Structure, b: Structure) -> tuple[list[int], list[CommonResidues], str]:
+def pair_bodies(a: Structure, b: Structure) -> tuple[list[int], list[_CommonResidues], str]:
     """Partner in `b` of every body of `a`, what they share, and how they were paired.
 
     See `match_structures` for the rules.
@@ -77,7 +77,7 @@ def pair_bodies(a: Structure, b: Structure) -> tuple[list[int], list[CommonResid
     sequences_b = [_body_sequence(b, c) for c in range(b.n_chains)]
 
     @cache
-    def common(i: int, j: int) -> CommonResidues:
+    def common(i: int, j: int) -> _CommonResidues:
         return _find_common(sequences_a[i], sequences_b[j])
 
     partners, paired = _choose_partners(a, b, common)
@@ -240,7 +240,7 @@ def _body_sequence(structure: Structure, body: int) -> _BodySequence:
     return _BodySequence(nodes, letters, list(numbers))
 
 
-def _find_common(a: _BodySequence, b: _BodySequence) -> CommonResidues:
+def _find_common(a: _BodySequence, b: _BodySequence) -> _CommonResidues:
     """Residues of the same number, or aligned ones where numbers do not say what is the same."""
     position_b = {number: position for position, number in enumerate(b.numbers)}
     same_number = [
@@ -258,7 +258,7 @@ def _find_common(a: _BodySequence, b: _BodySequence) -> CommonResidues:
             pairs = aligned
             by_sequence = True
     identity = _n_identical(a, b, pairs) / shorter
-    return CommonResidues(a.nodes[pairs[:, 0]], b.nodes[pairs[:, 1]], by_sequence, identity)
+    return _CommonResidues(a.nodes[pairs[:, 0]], b.nodes[pairs[:, 1]], by_sequence, identity)
 
 
 def _n_identical(a: _BodySequence, b: _BodySequence, pairs: np.ndarray) -> int:

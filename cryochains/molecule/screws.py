@@ -16,7 +16,7 @@ from .structure import Structure
 from .superposition import rigid_fit
 
 # Å RMS: below, a chain hardly moves or bends.
-HARDLY_MOVES = 0.3
+_HARDLY_MOVES = 0.3
 # Degrees: a smaller turn has no axis that means anything.
 _LEAST_TURN = 0.05
 # Å: smaller shifts are the rounding of single precision.
@@ -188,11 +188,11 @@ def change_sentence(table: pd.DataFrame) -> str:
     pairs = table.iloc[::2]
     first = pairs.iloc[0]
     alone = first["chain"] == first["seen from"]
-    if table["moved (Å)"].max() < HARDLY_MOVES and not alone:
+    if table["moved (Å)"].max() < _HARDLY_MOVES and not alone:
         return "the chains hardly move relative to each other."
     sentences = []
     if not alone:
-        least = max(HARDLY_MOVES, first["moved (Å)"] / 2)
+        least = max(_HARDLY_MOVES, first["moved (Å)"] / 2)
         others = pairs[(pairs["chain"] != first["chain"]) & (pairs["moved (Å)"] >= least)]
         described = pd.concat([pairs[:1], others[:1]])
         sentences = [_rigid_words(row) for _, row in described.iterrows()]
@@ -208,7 +208,7 @@ def change_sentence(table: pd.DataFrame) -> str:
 def _rigid_words(row: pd.Series) -> str:
     name = f"chain {row['chain']}"
     seen_from = f"relative to chain {row['seen from']}"
-    if row["moved (Å)"] ** 2 - row["bending (Å)"] ** 2 < HARDLY_MOVES**2:
+    if row["moved (Å)"] ** 2 - row["bending (Å)"] ** 2 < _HARDLY_MOVES**2:
         return f"{name} hardly moves as a whole {seen_from}"
     angle = row["angle (°)"]
     shift = abs(row["shift (Å)"])
@@ -223,7 +223,7 @@ def _rigid_words(row: pd.Series) -> str:
 def _bending_words(table: pd.DataFrame, alone: bool) -> str:
     """What the two chains do that bend most; empty where none bends."""
     chains = table.drop_duplicates("chain").sort_values("bending (Å)", ascending=False)
-    chains = chains[chains["bending (Å)"] >= HARDLY_MOVES]
+    chains = chains[chains["bending (Å)"] >= _HARDLY_MOVES]
     parts = []
     for _, row in chains[:2].iterrows():
         name = "the molecule" if alone else f"chain {row['chain']}"
@@ -273,7 +273,7 @@ def _change_row(structure: Structure, moving: _ChainMotion, fixed: _ChainMotion)
         "rigid (%)": 100 * screw.rigid,
         "bending (Å)": screw.bending,
         "axis runs": _describe_axis(structure, moving, fixed, screw) if screw.angle else "",
-        "hinges": moving.hinges if screw.bending >= HARDLY_MOVES else "",
+        "hinges": moving.hinges if screw.bending >= _HARDLY_MOVES else "",
         # Four and two decimals are 0.01° and 0.01 Å; zero is added so that nothing reads -0.0.
         "axis": tuple((screw.axis.round(4) + 0).tolist()),
         "point (Å)": tuple((screw.point.round(2) + 0).tolist()),
@@ -355,7 +355,10 @@ def _node_coords(structure: Structure, coords: np.ndarray) -> np.ndarray:
     rows.setdefault(structure.atoms.numAtoms(), structure.node_rows)
     if coords.ndim != 2 or len(coords) not in rows:
         counts = " or ".join(f"({n}, 3)" for n in rows)
-        raise ValueError(f"expected coordinates {counts} of {structure!r}, got {coords.shape}")
+        raise ValueError(
+            f"expected coordinates {counts} of {structure!r}, got {coords.shape}; "
+            "try Structure.coords"
+        )
     return coords[rows[len(coords)]]
 
 
@@ -366,7 +369,7 @@ def _finite_pair(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.
     if before.shape != after.shape or not well_shaped:
         raise ValueError(
             f"expected two conformations (n, 3) of the same atoms, got {before.shape} and "
-            f"{after.shape}"
+            f"{after.shape}; try match_structures first"
         )
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError(

@@ -162,7 +162,8 @@ def _parse_file(path: Path) -> prody.AtomGroup:
         # ProDy raises IndexError, KeyError and more on a file that is not what its name says.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"expected a PDB or mmCIF file, got {path} that cannot be read ({reason})"
+            f"expected a PDB or mmCIF file, got {path} that cannot be read ({reason}); "
+            "try another copy of it"
         ) from error
     if atoms is None or atoms.numAtoms() == 0:
         raise ValueError(

@@ -27,6 +27,9 @@ from .residues import (
 from .sources import quiet_prody, read_atoms, select_rows
 from .writing import write_structure
 
+# Bodies that a line of text names one by one.
+MOST_NAMED_CHAINS = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Structure:
@@ -112,6 +115,14 @@ class Structure:
         """Number of bodies."""
         return len(self.chain_ids)
 
+    @property
+    def chain_summary(self) -> str:
+        """Names of the bodies; of more than eight the first two and the last: "AA AB … CR"."""
+        if self.n_chains <= MOST_NAMED_CHAINS:
+            return " ".join(self.chain_ids)
+        first, second, *_, last = self.chain_ids
+        return f"{first} {second} … {last}"
+
     @cached_property
     def centers(self) -> np.ndarray:
         """(n_chains, 3) Å, mean of each body's nodes.
@@ -165,8 +176,10 @@ class Structure:
         coords = np.asarray(coords, dtype=float)
         expected = (self.atoms.numAtoms(), 3)
         if coords.shape != expected or not np.isfinite(coords).all():
+            got = "NaN or infinity" if coords.shape == expected else f"shape {coords.shape}"
             raise ValueError(
-                f"expected finite coordinates {expected} of all atoms, got shape {coords.shape}"
+                f"expected finite coordinates {expected} of all atoms, got {got}; "
+                "try Structure.atoms.getCoords() for the order of the atoms"
             )
         atoms = self.atoms.copy()
         atoms.setCoords(coords)
@@ -182,7 +195,10 @@ class Structure:
         """
         origin = np.asarray(xyz, dtype=float)
         if origin.shape != (3,) or not np.isfinite(origin).all():
-            raise ValueError(f"expected an origin of three finite numbers in Å, got {xyz!r}")
+            raise ValueError(
+                f"expected an origin of three finite numbers in Å, got {xyz!r}; "
+                "try Structure.coords.mean(0)"
+            )
         return replace(self, origin=origin)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -199,9 +215,11 @@ class Structure:
         write_structure(self.atoms, self.name, path)
 
     def __repr__(self) -> str:
-        chains = " ".join(self.chain_ids)
+        chains = f"chains {self.chain_summary}"
+        if self.n_chains > MOST_NAMED_CHAINS:
+            chains = f"{self.n_chains} {chains}"
         counts = f"{self.n_nodes:,} residues, {self.atoms.numAtoms():,} atoms"
-        return f"Structure({self.name!r}, chains {chains}, {counts})"
+        return f"Structure({self.name!r}, {chains}, {counts})"
 
 
 def load_structure(
@@ -254,7 +272,7 @@ def load_structure(
     Structure('glua3-open', chains A B, 741 residues, 5,958 atoms)
     """
     if atoms not in ("ca", "heavy"):
-        raise ValueError(f"expected atoms 'ca' or 'heavy', got {atoms!r}")
+        raise ValueError(f"expected atoms 'ca' or 'heavy', got {atoms!r}; try 'ca'")
     if bodies is not None and chains is not None:
         raise ValueError(
             "expected chains or bodies, got both; try selecting the chains within the bodies"
@@ -274,7 +292,8 @@ def load_structure(
     for c, chain in enumerate(ids):
         if c not in body[nodes]:
             raise ValueError(
-                f"expected Cα atoms (or P of nucleotides) in {chain!r} of {name}, got none"
+                f"expected Cα atoms (or P of nucleotides) in {chain!r} of {name}, got none; "
+                "try joining it to the body that it touches"
             )
     # Body by body; −1 are atoms to leave out.
     order = np.argsort(body, kind="stable")[np.sum(body < 0) :]
@@ -341,7 +360,8 @@ def _select_bodies(
                 selected = atoms.select(text)
         except prody.SelectionError as error:
             raise ValueError(
-                f"expected a ProDy selection for body {name!r}, got {text!r} ({error})"
+                f"expected a ProDy selection for body {name!r}, got {text!r} ({error}); "
+                "try one like 'chain A and resnum 1 to 200'"
             ) from error
         if selected is None:
             raise ValueError(
@@ -352,7 +372,7 @@ def _select_bodies(
         if shared.any():
             raise ValueError(
                 f"expected bodies without common atoms, got {shared.sum()} in "
-                f"{names[earlier.max()]!r} and {name!r}"
+                f"{names[earlier.max()]!r} and {name!r}; try selections that exclude each other"
             )
         body[selected.getIndices()] = c
     return names, body
@@ -369,10 +389,12 @@ def _select_chains(
     if absent or not ids:
         raise ValueError(
             f"expected chains among {' '.join(present)} of {name}, got "
-            f"{', '.join(absent) or 'none'}"
+            f"{', '.join(absent) or 'none'}; try leaving chains out, which takes all of them"
         )
     if len(set(ids)) < len(ids):
-        raise ValueError(f"expected every chain once, got {' '.join(ids)}")
+        raise ValueError(
+            f"expected every chain once, got {' '.join(ids)}; try {' '.join(dict.fromkeys(ids))}"
+        )
     body = np.full(len(chids), -1)
     for c, chain in enumerate(ids):
         body[chids == chain] = c

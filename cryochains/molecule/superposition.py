@@ -88,7 +88,7 @@ def morph(a: Structure, b: Structure, n: int = 50) -> np.ndarray:
     (10, 731, 3)
     """
     if n < 2:
-        raise ValueError(f"expected at least 2 frames, got {n}")
+        raise ValueError(f"expected at least 2 frames, got {n}; try 11")
     same_atoms = np.array_equal(a.chain_index, b.chain_index)
     if not same_atoms or not np.array_equal(a.node_chain, b.node_chain):
         raise ValueError(

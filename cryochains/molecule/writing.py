@@ -76,8 +76,8 @@ def write_structure(atoms: prody.AtomGroup, title: str, path: str | os.PathLike)
     name = path.name.lower()
     if not name.endswith((".pdb", ".pdb.gz", ".cif", ".cif.gz")):
         raise ValueError(
-            f"expected a file name ending in .pdb, .pdb.gz or .cif, got {path.name}; "
-            f"try {path.stem}.pdb"
+            "expected a file name ending in .pdb, .pdb.gz, .cif or .cif.gz, got "
+            f"{path.name or path}; try {path.name.split('.')[0] or 'structure'}.pdb"
         )
     _require_finite(atoms)
     write = _write_pdb if name.endswith((".pdb", ".pdb.gz")) else _write_mmcif
@@ -149,7 +149,9 @@ def _require_pdb_columns(atoms: prody.AtomGroup) -> None:
 def _require_finite(atoms: prody.AtomGroup) -> None:
     for what, field, _, _, _ in _PDB_NUMBER_COLUMNS:
         if not np.isfinite(_values(atoms, field)).all():
-            raise ValueError(f"expected finite {what} to write, got NaN or infinity")
+            raise ValueError(
+                f"expected finite {what} to write, got NaN or infinity; try leaving those atoms out"
+            )
 
 
 def _values(atoms: prody.AtomGroup, field: str) -> np.ndarray:

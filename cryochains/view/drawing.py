@@ -16,7 +16,7 @@ from ..analysis import CHAIN_COLORS, PrincipalMotions
 from ..molecule import Structure
 
 # Å, no line is drawn between nodes farther apart: residues are missing there, or a chain ends.
-LONGEST_BOND = 8.0
+_LONGEST_BOND = 8.0
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
@@ -82,7 +82,7 @@ def draw_backbones(
     bonds = np.stack([view[:, :-1], view[:, 1:]], axis=2)
     # No line from chain to chain, nor across residues that are missing.
     bonded = np.diff(structure.node_chain) == 0
-    bonded &= np.linalg.norm(bonds[0, :, 1] - bonds[0, :, 0], axis=-1) < LONGEST_BOND
+    bonded &= np.linalg.norm(bonds[0, :, 1] - bonds[0, :, 0], axis=-1) < _LONGEST_BOND
     chains = structure.node_chain[:-1][bonded]
     colors = np.array([to_rgb(chain_color(chain)) for chain in chains])
     # The coordinates across and up, and the direction towards the viewer.

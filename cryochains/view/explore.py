@@ -13,7 +13,7 @@ from .plots import plot_explorer
 if TYPE_CHECKING:
     from .explorer import Explorer
 
-EXPLORER_PACKAGES = ("ipywidgets", "nglview", "jscatter")
+_EXPLORER_PACKAGES = ("ipywidgets", "nglview", "jscatter")
 
 
 def explore(
@@ -56,7 +56,7 @@ def explore(
     ...     explore(Result(model, torch.randn(50, 12)))
     <Figure size ...>
     """
-    require_lab_packages(*EXPLORER_PACKAGES)
+    require_lab_packages(*_EXPLORER_PACKAGES)
     if not isinstance(result, Result):
         raise ValueError(
             f"expected a result, such as refine returns, got {type(result).__name__}; "

@@ -5,7 +5,7 @@ writes. Needs the extras ``cryochains[lab]``.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..analysis import (
     motion_sentence,
     save_selection,
 )
+from ..images import positions
 from ..inference import Result, posterior_covariance
 from ..molecule import change_sentence, describe_change
 from .drawing import figure_png
@@ -39,14 +40,14 @@ BY_CHAIN = "chain"
 BY_DISPLACEMENT = "displacement from the reference (Å)"
 BY_UNCERTAINTY = "uncertainty (Å)"
 # Files of "Save", by what they are called on the buttons.
-FILE_KINDS = {"PDB": "pdb", "DCD": "dcd", "ChimeraX": "cxc", "movie": "gif", "picture": "png"}
+_FILE_KINDS = {"PDB": "pdb", "DCD": "dcd", "ChimeraX": "cxc", "movie": "gif", "picture": "png"}
 # Conformations in a saved ensemble, frames of a saved movie, and of the loop on screen.
-N_SAVED_CONFORMATIONS = 21
-N_MOVIE_FRAMES = 40
-N_LOOP_FRAMES = 60
+_N_SAVED_CONFORMATIONS = 21
+_N_MOVIE_FRAMES = 40
+_N_LOOP_FRAMES = 60
 # Milliseconds a frame of the loop.
-PLAY_SPEEDS = {"slow": 200, "normal": 66, "fast": 33}
-NOTHING_SELECTED = "Nothing is selected: click a point, or draw around some."
+_PLAY_SPEEDS = {"slow": 200, "normal": 66, "fast": 33}
+_NOTHING_SELECTED = "Nothing is selected: click a point, or draw around some."
 
 
 class Explorer(ipywidgets.VBox):
@@ -105,8 +106,8 @@ class Explorer(ipywidgets.VBox):
         )
         home = ipywidgets.Button(description="reset", layout={"width": "18%"})
         self.color_scale = ipywidgets.HTML(layout={"width": "96%"})
-        self.play = ipywidgets.Play(min=0, max=N_LOOP_FRAMES - 1, interval=66, repeat=True)
-        play_speed = ipywidgets.Dropdown(options=PLAY_SPEEDS, value=66, layout={"width": "100px"})
+        self.play = ipywidgets.Play(min=0, max=_N_LOOP_FRAMES - 1, interval=66, repeat=True)
+        play_speed = ipywidgets.Dropdown(options=_PLAY_SPEEDS, value=66, layout={"width": "100px"})
         ipywidgets.link((play_speed, "value"), (self.play, "interval"))
         self.color_by.observe(guard(self.recolor, self.status), "value")
         self.reference_overlay.observe(guard(self._show_reference, self.status), "value")
@@ -122,7 +123,7 @@ class Explorer(ipywidgets.VBox):
     def _build_saving(self) -> ipywidgets.VBox:
         self.folder = ipywidgets.Text("results/explorer", description="folder")
         acts: dict[str, Callable[[], object]] = {
-            name: partial(self.save, kind) for name, kind in FILE_KINDS.items()
+            name: partial(self.save, kind) for name, kind in _FILE_KINDS.items()
         }
         acts["selection"] = self.save_selection
         buttons = []
@@ -159,7 +160,7 @@ class Explorer(ipywidgets.VBox):
         self.rows = np.zeros(0, dtype=int)
         self.covariance = self.average
         self.landscape.highlight(self.rows)
-        refill(self.selection, [ipywidgets.HTML(NOTHING_SELECTED)])
+        refill(self.selection, [ipywidgets.HTML(_NOTHING_SELECTED)])
         self.move(torch.from_numpy(self.motions.mean).float())
         self.recolor()
 
@@ -173,7 +174,9 @@ class Explorer(ipywidgets.VBox):
         """
         n = len(self.components.spread)
         if not 0 <= component < n:
-            raise ValueError(f"expected a component from 0 to {n - 1}, got {component}")
+            raise ValueError(
+                f"expected a component from 0 to {n - 1}, got {component}; try 0, which is PC1"
+            )
         score = self.motions.transform(self.latents[None])[0, component]
         distance = deviations * self.components.spread[component] - score
         step = distance * self.motions.components[component]
@@ -184,9 +187,9 @@ class Explorer(ipywidgets.VBox):
         latents[latent] = value
         self.move(latents)
 
-    def select(self, rows: np.ndarray) -> None:
+    def select(self, rows: np.ndarray | Sequence[int]) -> None:
         """What a click or a lasso does: one particle is shown, of several the mean conformation."""
-        rows = np.asarray(rows, dtype=int).ravel()
+        rows = self._numbers(rows)
         if len(rows) == 1:
             self.show_particle(int(rows[0]))
         elif len(rows):
@@ -251,8 +254,9 @@ class Explorer(ipywidgets.VBox):
         Path
         """
         component = self.landscape.x.value
-        if kind not in FILE_KINDS.values():
-            raise ValueError(f"expected one of {', '.join(FILE_KINDS.values())}, got {kind!r}")
+        if kind not in _FILE_KINDS.values():
+            kinds = ", ".join(_FILE_KINDS.values())
+            raise ValueError(f"expected one of {kinds}, got {kind!r}; try 'pdb'")
         words = self.motions.label.replace(" ", "-")
         label = "".join(c for c in words if c.isalnum() or c in "-_")
         path = Path(self.folder.value, f"pc{component + 1}-{label}.{kind}")
@@ -262,7 +266,7 @@ class Explorer(ipywidgets.VBox):
             image.observe(write, "value")
             return path
         self.status.value = "Writing …"
-        n = N_MOVIE_FRAMES if kind == "gif" else N_SAVED_CONFORMATIONS
+        n = _N_MOVIE_FRAMES if kind == "gif" else _N_SAVED_CONFORMATIONS
         save_motion(path, self.motions, component, n=n)
         self.status.value = f"Wrote {escape(str(path))}"
         return path
@@ -293,7 +297,7 @@ class Explorer(ipywidgets.VBox):
 
     def _choose(self, rows) -> None:
         """Select particles, mark their points, and show their mean."""
-        rows = np.asarray(rows, dtype=int).ravel()
+        rows = self._numbers(rows)
         n = len(self.result)
         if not len(rows):
             raise ValueError(
@@ -301,13 +305,21 @@ class Explorer(ipywidgets.VBox):
             )
         if rows.min() < 0 or rows.max() >= n:
             raise ValueError(
-                f"expected particles from 0 to {n - 1}, got {rows.min()} to {rows.max()}"
+                f"expected particles from 0 to {n - 1}, got {rows.min()} to "
+                f"{rows.max()}; try rows of this result"
             )
         self.rows = rows
         self.landscape.highlight(rows)
         self.covariance = self._selected_covariance()
         self.move(self.result.latents[rows].mean(0))
         self.recolor()
+
+    def _numbers(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """(k,) rows of the result, of numbers or a mask."""
+        rows = np.asarray(rows)
+        if rows.dtype == bool:
+            return positions(rows, len(self.result))
+        return rows.astype(int).ravel()
 
     def _selected_covariance(self) -> torch.Tensor | None:
         """(p, p) covariance of the latents of what is selected; None where it is not known.
@@ -336,7 +348,7 @@ class Explorer(ipywidgets.VBox):
     def _show_loop_frame(self) -> None:
         """One frame of the loop, there and back along the component on the x axis."""
         slider = self.components.sliders[self.landscape.x.value]
-        share = 1 - abs(2 * self.play.value / N_LOOP_FRAMES - 1)
+        share = 1 - abs(2 * self.play.value / _N_LOOP_FRAMES - 1)
         slider.value = slider.min + share * (slider.max - slider.min)
 
     def _repr_mimebundle_(self, **kwargs):

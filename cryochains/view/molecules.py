@@ -11,7 +11,7 @@ from .plots import plot_modes, plot_structure
 if TYPE_CHECKING:
     from .widgets import ModeViewer, Molecule
 
-MOLECULE_PACKAGES = ("ipywidgets", "nglview")
+_MOLECULE_PACKAGES = ("ipywidgets", "nglview")
 
 
 def view_structure(structure: Structure) -> "Molecule | Figure":
@@ -36,7 +36,7 @@ def view_structure(structure: Structure) -> "Molecule | Figure":
     ...     view_structure(load_structure("glua3-closed"))
     <Figure size ...>
     """
-    require_lab_packages(*MOLECULE_PACKAGES)
+    require_lab_packages(*_MOLECULE_PACKAGES)
     figure = figure_instead(lambda: plot_structure(structure))
     if figure is not None:
         return figure
@@ -87,7 +87,7 @@ def view_modes(
     ...     view_modes(closed, compute_modes(closed, 5), chain="B")
     <Figure size ...>
     """
-    require_lab_packages(*MOLECULE_PACKAGES)
+    require_lab_packages(*_MOLECULE_PACKAGES)
     number = find_chain(structure, modes, chain, mode)
     chain_id = structure.chain_ids[number]
     figure = figure_instead(lambda: plot_modes(structure, modes, chain_id, mode))

@@ -11,7 +11,7 @@ from .drawing import decode_nodes, draw_backbones, name_ends, new_figure, view_a
 
 MOVIE_SUFFIXES = (".gif", ".mp4")
 # Dots an inch: 720 × 384 px.
-MOVIE_DPI = 80
+_MOVIE_DPI = 80
 
 
 def save_movie(
@@ -35,11 +35,11 @@ def save_movie(
     # Takes as long to import as all other figures together.
     from matplotlib.animation import FFMpegWriter, PillowWriter
 
-    suffix = path.suffix
+    suffix = path.suffix.lower()
     if suffix not in MOVIE_SUFFIXES or n < 2:
         raise ValueError(
             "expected a path that ends in .gif or .mp4 and two frames or more, got "
-            f"{path.name}, n={n}"
+            f"{path.name}, n={n}; try {path.stem}.gif, n=21"
         )
     if suffix == ".mp4" and not FFMpegWriter.isAvailable():
         raise ValueError(
@@ -57,7 +57,7 @@ def save_movie(
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     writer = PillowWriter(fps=fps) if suffix == ".gif" else FFMpegWriter(fps=fps)
-    with atomic_path(path) as part, writer.saving(figure, str(part), dpi=MOVIE_DPI):
+    with atomic_path(path) as part, writer.saving(figure, str(part), dpi=_MOVIE_DPI):
         for frame in view:
             _remove_backbones(axes[0])
             draw_backbones(axes[0], structure, np.stack([view[0], frame]), extent)

@@ -25,20 +25,20 @@ from ..analysis import (
 from ..inference import Result
 from .widgets import guard
 
-KIND_LABELS = {
+_KIND_LABELS = {
     "bending, turns and shifts": "all",
     "turns and shifts (R|t)": "rigid",
     "bending (α)": "modes",
 }
 # Sliders go from one to the other of these percentiles of the particles.
 SLIDER_PERCENTILES = (1, 99)
-SLIDER_LAYOUT = {"width": "400px", "flex": "0 0 auto"}
-HALF_WIDTH = {"width": "48%"}
+_SLIDER_LAYOUT = {"width": "400px", "flex": "0 0 auto"}
+_HALF_WIDTH = {"width": "48%"}
 # Particles that the ends of the chains' sliders, and the camera, are found from.
-SAMPLE_SIZE = 2000
+_SAMPLE_SIZE = 2000
 
 
-def set_slider(slider: ipywidgets.FloatSlider, value: float) -> None:
+def _set_slider(slider: ipywidgets.FloatSlider, value: float) -> None:
     """Bring a slider to a value, unless it is there to within half a step.
 
     One that a hand is dragging is, and would jump back at an answer.
@@ -61,8 +61,8 @@ def refill(box: ipywidgets.Box, children: list) -> None:
 
 
 def every_nth(result: Result) -> Result:
-    """About SAMPLE_SIZE of the particles of a result, evenly spread."""
-    step = max(1, -(-len(result) // SAMPLE_SIZE))
+    """About _SAMPLE_SIZE of the particles of a result, evenly spread."""
+    step = max(1, -(-len(result) // _SAMPLE_SIZE))
     return result[::step]
 
 
@@ -106,12 +106,14 @@ class Landscape(ipywidgets.VBox):
         chains += [(f"chain {name}", name) for name in result.model.structure.chain_ids]
         present = set(result.model.dynamics.latent_kind)
         kinds = [
-            (label, kind) for label, kind in KIND_LABELS.items() if present & set(KIND_GROUPS[kind])
+            (label, kind)
+            for label, kind in _KIND_LABELS.items()
+            if present & set(KIND_GROUPS[kind])
         ]
-        self.chain = ipywidgets.Dropdown(options=chains, layout=HALF_WIDTH)
-        self.kind = ipywidgets.Dropdown(options=kinds, layout=HALF_WIDTH)
-        self.x = ipywidgets.Dropdown(layout=HALF_WIDTH)
-        self.y = ipywidgets.Dropdown(layout=HALF_WIDTH)
+        self.chain = ipywidgets.Dropdown(options=chains, layout=_HALF_WIDTH)
+        self.kind = ipywidgets.Dropdown(options=kinds, layout=_HALF_WIDTH)
+        self.x = ipywidgets.Dropdown(layout=_HALF_WIDTH)
+        self.y = ipywidgets.Dropdown(layout=_HALF_WIDTH)
         self.color_by = ipywidgets.Dropdown(
             options=["density", *columns], description="colour by", layout={"width": "96%"}
         )
@@ -213,7 +215,7 @@ class ComponentSliders(ipywidgets.VBox):
                 step=0.05,
                 readout_format="+.2f",
                 description=f"PC{component + 1} (SD)",
-                layout=SLIDER_LAYOUT,
+                layout=_SLIDER_LAYOUT,
             )
             slider.observe(guard(partial(self._moved, component), self.status), "value")
             self.sliders.append(slider)
@@ -238,7 +240,7 @@ class ComponentSliders(ipywidgets.VBox):
         self.quiet = True
         self.deviations = self.motions.transform(latents[None])[0] / self.spread
         for slider, deviation in zip(self.sliders, self.deviations, strict=True):
-            set_slider(slider, float(np.clip(deviation, slider.min, slider.max)))
+            _set_slider(slider, float(np.clip(deviation, slider.min, slider.max)))
         self.quiet = False
 
     def _moved(self, component: int) -> None:
@@ -300,7 +302,7 @@ class ChainSliders(ipywidgets.VBox):
             names.append("by (Å)")
         self.sliders = [
             ipywidgets.FloatSlider(
-                0.0, step=0.1, readout_format="+.1f", description=name, layout=SLIDER_LAYOUT
+                0.0, step=0.1, readout_format="+.1f", description=name, layout=_SLIDER_LAYOUT
             )
             for name in names
         ]
@@ -325,7 +327,7 @@ class ChainSliders(ipywidgets.VBox):
             extent = max(self.extent[latent], abs(value))
             slider.max = extent
             slider.min = -extent
-            set_slider(slider, value)
+            _set_slider(slider, value)
         self.quiet = False
 
     def _follow_again(self) -> None:

@@ -36,11 +36,18 @@ __all__ = [
 ]
 
 # Above so many particles their density is drawn instead of points.
-MAX_POINTS = 2000
+_MAX_POINTS = 2000
 # Arrows of a mode, at most.
-MAX_ARROWS = 150
+_MAX_ARROWS = 150
 # Characters in a line of a title.
-TITLE_WIDTH = 110
+_TITLE_WIDTH = 110
+# Panels side by side, of which there is one a chain.
+_MAX_PANEL_COLUMNS = 4
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the figures, and nothing that they are made with."""
+    return list(__all__)
 
 
 @torch.no_grad()
@@ -268,7 +275,7 @@ def plot_explorer(motions: PrincipalMotions, component: int = 0, title: str = ""
     view = view_along(coords, coords[-1] - coords[0])
     draw_backbones(axes[0, 1:], motions.model.structure, view)
     axes[0, 1].set_title(name_ends(motions, latents, component, "(dark)"), fontsize="medium")
-    figure.suptitle("\n".join(wrap(title, TITLE_WIDTH)), fontsize="medium")
+    figure.suptitle("\n".join(wrap(title, _TITLE_WIDTH)), fontsize="medium")
     return figure
 
 
@@ -329,7 +336,7 @@ def plot_modes(
 
 def _draw_arrows(axis: Axes, starts: np.ndarray, steps: np.ndarray) -> None:
     """Some of the arrows (k, 3) Å from (k, 3) `starts`, seen from the front."""
-    few = slice(None, None, 1 + len(steps) // MAX_ARROWS)
+    few = slice(None, None, 1 + len(steps) // _MAX_ARROWS)
     x, y = starts[few, :2].T
     along_x, along_y = steps[few, :2].T
     axis.quiver(
@@ -356,13 +363,24 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
     latents : (m, p) tensor
         Such as ``motions.traverse(0)``.
     title : str
+
+    Raises
+    ------
+    ValueError
+        For another number of latents than the model has. Whether they are of this model, and not
+        of one with as many, is not known.
     """
     structure = model.structure
     coords = model.decode(latents).cpu().numpy()
     moved = np.linalg.norm(coords - coords[0], axis=-1)
-    figure, axes = new_figure(1, structure.n_chains, 4.5 * structure.n_chains, 3.2)
+    n_columns = min(structure.n_chains, _MAX_PANEL_COLUMNS)
+    n_rows = -(-structure.n_chains // n_columns)
+    height = 3.2 if n_rows == 1 else 2.4 * n_rows
+    figure, axes = new_figure(n_rows, n_columns, 4.5 * n_columns, height)
+    for axis in axes.flat[structure.n_chains :]:
+        axis.remove()
     shares = np.linspace(0.15, 1, len(moved))
-    for chain, axis in enumerate(axes[0]):
+    for chain, axis in enumerate(axes.flat[: structure.n_chains]):
         own = structure.chain_index == chain
         for share, distances in zip(shares, moved[:, own], strict=True):
             color = chain_color(chain)
@@ -371,7 +389,8 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
             xlabel=f"residue of chain {structure.chain_ids[chain]}",
             ylim=(0, 1.05 * moved.max() + 1e-9),
         )
-    axes[0, 0].set_ylabel("displacement (Å)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("displacement (Å)")
     figure.suptitle(title)
     return figure
 
@@ -392,7 +411,7 @@ def _draw_points(
         return
     x, y = scores[:, components].T
     axis.set_ylabel(names[components[1]])
-    if len(scores) < MAX_POINTS:
+    if len(scores) < _MAX_POINTS:
         axis.plot(x, y, ".", color=CHAIN_COLORS[0], alpha=0.4, markersize=4)
         return
     density = axis.hexbin(x, y, gridsize=40, mincnt=1, cmap="viridis")

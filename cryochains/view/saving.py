@@ -6,7 +6,7 @@ from pathlib import Path
 from ..analysis import PrincipalMotions, save_conformations
 from .movies import MOVIE_SUFFIXES, save_movie
 
-CONFORMATION_SUFFIXES = (".pdb", ".cif", ".dcd", ".cxc")
+_CONFORMATION_SUFFIXES = (".pdb", ".cif", ".dcd", ".cxc")
 
 
 def save_motion(
@@ -25,7 +25,7 @@ def save_motion(
     path : path
         - .pdb, .cif: conformations of all atoms as models; .dcd: as frames.
         - .cxc: a ChimeraX script with a slider along the conformations and, beside it, the PDB or
-          mmCIF file that it opens.
+          mmCIF file that it opens, of x.cxc x-models.pdb.
         - .gif, .mp4: a movie of the backbones, there and back; MP4 needs the program ffmpeg.
     motions : PrincipalMotions
     component : int
@@ -57,15 +57,15 @@ def save_motion(
     'pc1.cxc'
     """
     path = Path(path)
-    suffix = path.suffix
+    suffix = path.suffix.lower()
     if suffix in MOVIE_SUFFIXES:
         save_movie(path, motions, component, n, percentiles, fps)
-    elif suffix in CONFORMATION_SUFFIXES:
+    elif suffix in _CONFORMATION_SUFFIXES:
         save_conformations(path, motions.model, motions.traverse(component, n, percentiles))
     else:
-        suffixes = ", ".join((*CONFORMATION_SUFFIXES, *MOVIE_SUFFIXES))
+        suffixes = ", ".join((*_CONFORMATION_SUFFIXES, *MOVIE_SUFFIXES))
         raise ValueError(
             f"expected a path that ends in one of {suffixes}, got {path.name}; "
-            f"try {path.stem or 'motion'}.pdb"
+            f"try {path.name.split('.')[0] or 'motion'}.pdb"
         )
     return path

@@ -29,11 +29,11 @@ from ..molecule import Modes, Structure, write_structure
 from .drawing import chain_color, facing
 
 # Values on atoms, such as displacements: dark is little.
-VALUE_COLORS = [to_hex(colormaps["viridis"](share)) for share in np.linspace(0, 1, 9)]
+_VALUE_COLORS = [to_hex(colormaps["viridis"](share)) for share in np.linspace(0, 1, 9)]
 # Conformations of a mode's motion there and back.
-N_MODE_FRAMES = 24
+_N_MODE_FRAMES = 24
 # Arrows of a mode are so many times its amplitude, or nobody would see them.
-ARROW_LENGTH = 3
+_ARROW_LENGTH = 3
 
 
 def molecule_text(structure: Structure, coords: np.ndarray) -> tuple[str, str, list[str]]:
@@ -93,7 +93,7 @@ def _short_names(n: int) -> list[str]:
 
 def color_scale_html(title: str, top: float) -> str:
     """HTML of a colour scale from 0 to `top`."""
-    colors = f"background: linear-gradient(to right, {', '.join(VALUE_COLORS)})"
+    colors = f"background: linear-gradient(to right, {', '.join(_VALUE_COLORS)})"
     bar = f"<div style='flex: 1; height: 12px; margin: 0 6px; {colors}'></div>"
     parts = f"{escape(title)}&nbsp; 0{bar}{top:.1f}"
     return f"<div style='display: flex; align-items: center'>{parts}</div>"
@@ -196,7 +196,7 @@ class Molecule(nglview.NGLWidget):
             self.clear_representations()
             for kind, selection in (("cartoon", "polymer"), ("licorice", "not polymer")):
                 self.add_representation(
-                    kind, selection, color="bfactor", colorScale=VALUE_COLORS, colorDomain=[0, top]
+                    kind, selection, color="bfactor", colorScale=_VALUE_COLORS, colorDomain=[0, top]
                 )
         self.top = top
 
@@ -258,14 +258,14 @@ class ModeViewer(ipywidgets.VBox):
         self.dynamics = Dynamics(structure, modes, rotation=False, translation=False)
         self.all_atoms = self.dynamics.all_atoms()
         resting = self.all_atoms.reference.numpy()
-        farthest = self.mode_frames(mode)[N_MODE_FRAMES // 4]
+        farthest = self.mode_frames(mode)[_N_MODE_FRAMES // 4]
         self.molecule = Molecule(structure, resting, farthest - resting)
         self.mode = ipywidgets.Dropdown(
             options=[(f"mode {k + 1}", k) for k in range(modes.n_modes[chain])],
             value=mode,
             description=f"chain {structure.chain_ids[chain]}",
         )
-        self.play = ipywidgets.Play(min=0, max=N_MODE_FRAMES - 1, interval=80, repeat=True)
+        self.play = ipywidgets.Play(min=0, max=_N_MODE_FRAMES - 1, interval=80, repeat=True)
         self.status = ipywidgets.HTML()
         self.mode.observe(guard(self.draw, self.status), "value")
         self.play.observe(guard(self._show_frame, self.status), "value")
@@ -275,9 +275,9 @@ class ModeViewer(ipywidgets.VBox):
 
     @torch.no_grad()
     def mode_frames(self, mode: int) -> np.ndarray:
-        """(N_MODE_FRAMES, n_all, 3) Å, there and back by `amplitude` Å (RMS of the chain)."""
-        phase = torch.sin(torch.arange(N_MODE_FRAMES) * 2 * torch.pi / N_MODE_FRAMES)
-        latents = torch.zeros(N_MODE_FRAMES, self.dynamics.n_latents)
+        """(_N_MODE_FRAMES, n_all, 3) Å, there and back by `amplitude` Å (RMS of the chain)."""
+        phase = torch.sin(torch.arange(_N_MODE_FRAMES) * 2 * torch.pi / _N_MODE_FRAMES)
+        latents = torch.zeros(_N_MODE_FRAMES, self.dynamics.n_latents)
         latents[:, self.dynamics.chains[self.chain].mode.start + mode] = self.amplitude * phase
         return self.all_atoms.decode(latents).numpy()
 
@@ -287,7 +287,7 @@ class ModeViewer(ipywidgets.VBox):
         structure = self.dynamics.structure
         self.frames = self.mode_frames(mode)
         starts = structure.node_coords[structure.node_chain == self.chain]
-        length = ARROW_LENGTH * self.amplitude * np.sqrt(len(starts))
+        length = _ARROW_LENGTH * self.amplitude * np.sqrt(len(starts))
         ends = starts + length * self.modes.vectors[self.chain][mode]
         # Half as bright as the chain, from 0 to 1.
         hex_color = chain_color(self.chain)

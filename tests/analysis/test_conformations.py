@@ -146,7 +146,7 @@ def test_latents_that_are_none(small, tmp_path):
 def test_files_that_cannot_be_written(small, tmp_path):
     latents = torch.zeros(1, small.n_latents)
     suffixes = "expected a path that ends in .pdb, .cif, .dcd or .cxc, got"
-    for name in ("a.xyz", "a", "a.pdbx", "a.py"):
+    for name in ("a.xyz", "a", "a.pdbx", "a.py", "a.pdb.gz"):
         with pytest.raises(ValueError, match=f"{suffixes} {name}; try a.pdb"):
             save_conformations(tmp_path / name, small, latents)
     (tmp_path / "file").touch()
@@ -199,11 +199,29 @@ def test_chimerax_script_finds_its_file(motions, tmp_path):
     moved = (tmp_path / "one").rename(tmp_path / "two") / script.name
     lines = commands(moved)
     name = lines[0].removeprefix('open "').removesuffix('" coordset true')
-    assert name == "my pc1.pdb", "beside the script, wherever that is"
+    assert name == "my pc1-models.pdb", "beside the script, wherever that is"
     assert prody.parsePDB(str(moved.parent / name)).numCoordsets() == 3
     assert "color #1/A #0072B2" in lines and "color #1/B #D55E00" in lines and "cartoon" in lines
     assert lines[-1] == "coordset slider #1"
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+@pytest.mark.parametrize("suffix", [".pdb", ".cif"])
+def test_chimerax_script_leaves_other_files_alone(motions, tmp_path, suffix):
+    other = tmp_path / f"x{suffix}"
+    other.write_text("mine")
+    save_conformations(tmp_path / "x.cxc", motions.model, motions.traverse(0, 2))
+    assert other.read_text() == "mine"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {other.name, "x.cxc", "x-models.pdb"}
+
+
+@pytest.mark.parametrize("name", ["x.PDB", "x.Cif", "x.DCD", "x.CXC"])
+def test_suffixes_in_capitals(small, tmp_path, name):
+    written = save_conformations(tmp_path / name, small, torch.zeros(2, small.n_latents))
+    assert written == tmp_path / name and written.stat().st_size
+    beside = {"x-models.pdb"} if name == "x.CXC" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {name} | beside
 
 
 @pytest.mark.parametrize(
@@ -221,7 +239,7 @@ def test_chimerax_script_names_chains_as_the_file_does(closed, tmp_path):
     atoms.setChids(np.where(atoms.getChids() == "A", "light", "heavy"))
     model = rigid_model(load_structure(atoms))
     script = save_conformations(tmp_path / "a.cxc", model, torch.zeros(2, 12))
-    letters = list(dict.fromkeys(prody.parsePDB(str(tmp_path / "a.pdb")).getChids()))
+    letters = list(dict.fromkeys(prody.parsePDB(str(tmp_path / "a-models.pdb")).getChids()))
     expected = [
         [f"#1/{letter}", color] for letter, color in zip(letters, CHAIN_COLORS, strict=False)
     ]
@@ -246,8 +264,8 @@ def test_more_than_62_chains(many, tmp_path):
     latents = draw(model, 2)
     assert many.n_chains == 72 and not fits_pdb_text(many.n_chains, 500)
     script = save_conformations(tmp_path / "a.cxc", model, latents)
-    assert opened_file(commands(script)[0]) == "a.cif"
-    read = prody.parseMMCIF(str(tmp_path / "a.cif"))
+    assert opened_file(commands(script)[0]) == "a-models.cif"
+    read = prody.parseMMCIF(str(tmp_path / "a-models.cif"))
     expected = decode_ensemble(model, latents).getCoordsets()
     np.testing.assert_allclose(read.getCoordsets(), expected, atol=6e-4)
     # Each chain by the name that it has in the file, in the colour of its body.
@@ -257,4 +275,4 @@ def test_more_than_62_chains(many, tmp_path):
         assert command == [f"#1/{names[body]}", CHAIN_COLORS[body % len(CHAIN_COLORS)]]
     with pytest.raises(ValueError, match="expected at most 62 chains.* got 72; try a .*.cif"):
         save_conformations(tmp_path / "b.pdb", model, latents)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.cif", "a.cxc"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-models.cif", "a.cxc"]

@@ -166,6 +166,18 @@ def test_selection_names_its_particles(tmp_path, closed):
     chosen = load_particles(path.with_suffix(".star"))
     assert torch.equal(chosen.read_images(), particles.read_images(rows))
     assert torch.allclose(chosen.rotations, particles.rotations[rows], atol=1e-5)
+    # A mask, a slice and negative rows mean what they mean of an array.
+    mask = np.isin(np.arange(len(particles)), [1, 4])
+    for same in (mask, torch.from_numpy(mask), slice(1, 5, 3), [1, 4 - len(particles)]):
+        table = pd.read_csv(save_selection(tmp_path / "masks", motions, same))
+        assert table["row"].tolist() == [1, 4]
+        assert table["id"].tolist() == particles.ids[[1, 4]].tolist()
+    for wrong in (mask[:-1], [len(particles)]):
+        with pytest.raises(IndexError, match=f"expected positions within {len(particles)} part"):
+            save_selection(tmp_path / "wrong", motions, wrong)
+    with pytest.raises(ValueError, match="expected a selection, got none; try clicking"):
+        save_selection(tmp_path / "wrong", motions, ~mask & mask)
+    assert not (tmp_path / "wrong").exists()
     # Nothing is overwritten, and a result without images has a table alone, with its ids.
     alone = compute_pca(Result(model, latents, ids=particles.ids))
     second = save_selection(tmp_path / "out", alone, rows)

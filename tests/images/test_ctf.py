@@ -85,3 +85,12 @@ def test_values_are_the_fields_in_their_order():
     values = list(ctf.values())
     assert len(values) == 7
     assert values[0] is ctf.defocus_u and values[-1] is ctf.amplitude_contrast
+
+
+def test_repr_is_short():
+    one = torch.ones(3, dtype=torch.float64)
+    defocus = torch.tensor([10_000.0, 25_000.0, 17_000.0], dtype=torch.float64)
+    ctf = CTF(defocus, defocus, 0 * one, 0 * one, 300 * one, 2.7 * one, 0.1 * one)
+    assert repr(ctf) == "CTF(3 particles, defocus 1.0–2.5 µm)"
+    assert repr(ctf[[0, 0]]) == "CTF(2 particles, defocus 1.0 µm)"
+    assert repr(ctf[[]]) == "CTF(0 particles)"

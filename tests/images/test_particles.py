@@ -19,6 +19,7 @@ from cryochains.images import (
     CTF,
     ParticleStack,
     load_particles,
+    plain_ids,
     random_rotations,
     write_particles,
 )
@@ -316,7 +317,7 @@ def test_paths_that_cannot_be_written(tmp_path, saved):
     ):
         make().save(tmp_path / "a.mrcs")
     with pytest.raises(
-        ValueError, match="expected another name than .*all.mrcs, from which these images are read"
+        ValueError, match="expected a name that none .* read from, got .*all.mrcs; try a new one"
     ):
         load_particles(saved)[:3].save(saved)
     with pytest.raises(ValueError, match="expected at least one particle"):
@@ -342,7 +343,7 @@ def test_paths_that_cannot_be_written(tmp_path, saved):
         ({"ids": ["a"] * 19}, r"expected ids of shape \(20,\)"),
         (
             {"ids": [["a"]] * 20},
-            r"expected ids of shape \(20,\) for 20 images, got \(20, 1\)",
+            r"expected ids of shape \(n,\), .* a particle, got \(20, 1\); try a list of strings",
         ),
         (
             {"ids": ["a"] * 19 + [1.5]},
@@ -430,12 +431,96 @@ def test_digests_tell_particles_apart(saved, monkeypatch):
     assert len(set(prints)) == len(prints)
     assert stack[:].digest() == load_particles(saved).digest() == stack.digest()
     dark = load_particles(saved, invert=True)
-    assert dark.digest() != stack.digest(), "the first image is part of it"
+    assert dark.digest() != stack.digest(), "images are part of it"
+    assert dark.metadata_digest() == stack.metadata_digest()
 
     monkeypatch.setattr(cryochains.images.stacks.Images, "read", lambda self: pytest.fail("read"))
     digests = [one.metadata_digest() for one in (stack, *others)]
     assert len(set(digests)) == len(digests)
     assert stack[:].metadata_digest() == load_particles(saved).metadata_digest() == digests[0]
+
+
+@pytest.mark.parametrize("n, digested", [(20, [0, 3, 5, 8, 11, 14, 16, 19]), (3, [0, 1, 2])])
+def test_digest_of_some_images(n, digested):
+    stack = make(20)[:n]
+    images = stack.read_images()
+    changed = []
+    for row in range(n):
+        others = images.clone()
+        others[row, 0, 0] += 1
+        other = replace(stack, images=others)
+        changed += [row] if other.image_digest() != stack.image_digest() else []
+        assert (other.digest() != stack.digest()) == (row in digested)
+    assert changed == digested
+    moved = replace(stack, shifts=stack.shifts + 1)
+    assert moved.image_digest() == stack.image_digest(), "of the images alone"
+    assert int(stack.image_digest(), 16) and make(20)[[]].image_digest()
+
+
+def test_digest_reads_few_images(saved, monkeypatch):
+    read = []
+    original = cryochains.images.stacks.Images.read
+    monkeypatch.setattr(
+        cryochains.images.stacks.Images,
+        "read",
+        lambda self: read.append(len(self)) or original(self),
+    )
+    load_particles(saved).image_digest()
+    assert read == [8]
+
+
+@pytest.mark.parametrize(
+    "ids, plain",
+    [
+        (["b", "a"], ["b", "a"]),
+        ((3, "a"), [3, "a"]),
+        (range(2), [0, 1]),
+        (np.array(["b", "a"]), ["b", "a"]),
+        (np.array([3, 1], dtype=np.uint8), [3, 1]),
+        ([np.str_("a"), np.int32(4)], ["a", 4]),
+        (torch.tensor([3, 1]), [3, 1]),
+        ([], []),
+    ],
+)
+def test_plain_ids(ids, plain):
+    array = plain_ids(ids)
+    assert array.dtype == object and array.shape == (len(plain),)
+    assert array.tolist() == plain
+    assert set(map(type, array)) <= {str, int}
+    assert plain_ids(array) is not array, "a copy"
+
+
+@pytest.mark.parametrize(
+    "ids, got",
+    [
+        ([1, True], "True at position 1"),
+        (np.array([True]), "True at position 0"),
+        (torch.tensor([False]), "False at position 0"),
+        ([1.0], "1.0 at position 0"),
+        (torch.tensor([0.5]), "0.5 at position 0"),
+        (["a", None], "None at position 1"),
+        ([b"a"], "b'a' at position 0"),
+    ],
+)
+def test_ids_that_are_neither_text_nor_numbers(ids, got):
+    sentence = f"expected ids that are strings or integers, got {got}; try str of each"
+    with pytest.raises(ValueError, match=sentence):
+        plain_ids(ids)
+
+
+@pytest.mark.parametrize(
+    "ids, got", [(None, "None"), ("ab", "'ab'"), (7, "7"), ([[1], [2]], r".2, 1.")]
+)
+def test_ids_that_are_no_list(ids, got):
+    with pytest.raises(ValueError, match=rf"expected ids of shape \(n,\), .*got {got}; try a list"):
+        plain_ids(ids)
+
+
+def test_batches_have_a_short_repr():
+    batch = next(make(20).batches(16))
+    assert repr(batch) == "Batch(16 particles, 8 px, with CTF, on cpu)"
+    bare = next(replace(make(20), ctf=None).batches(16, images=False))
+    assert repr(bare) == "Batch(16 particles, no images, no CTF, on cpu)"
 
 
 def test_digest_is_the_same_in_another_interpreter(saved):

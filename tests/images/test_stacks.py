@@ -77,7 +77,7 @@ def test_written_stack_is_valid_mrc_with_voxels_and_statistics(tmp_path):
     "n_images, box_size, message",
     [
         (6, 16, "expected 6 images, got 7 or more"),
-        (8, 16, "expected 8 images, got 7$"),
+        (8, 16, "expected 8 images, got 7; try"),
         (7, 8, r"expected chunks of shape \(k, 8, 8\), got \(3, 16, 16\)"),
     ],
 )

@@ -252,6 +252,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         inference.information_limit(g.model, g.particles),
         inference.information_limit(g.model, g.particles, g.population, g.latents),
     ],
+    "plain_ids": lambda g, f: images.plain_ids(g.particles.ids),
     "load_result": lambda g, f: inference.load_result(g.saved / "result", g.particles),
     "measure_contrast": lambda g, f: inference.measure_contrast(g.model, g.particles),
     "normal_equations": lambda g, f: [
@@ -356,6 +357,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "PrincipalMotions.traverse": lambda g, f: g.motions.traverse(1),
     "Encoder.save": lambda g, f: g.encoder.save(f / "e"),
     "ParticleStack.digest": lambda g, f: g.particles.digest(),
+    "ParticleStack.image_digest": lambda g, f: g.particles.image_digest(),
     "ParticleStack.metadata_digest": lambda g, f: g.particles.metadata_digest(),
     "ParticleStack.read_images": lambda g, f: g.particles.read_images([2]).add_(1.0),
     "ParticleStack.batches": lambda g, f: [

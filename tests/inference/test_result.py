@@ -266,7 +266,7 @@ def test_ids_stay_what_they_are(in_memory, tmp_path, ids):
 
 
 def test_ids_that_no_file_keeps_are_refused(in_memory):
-    for ids in ([1.5, 2, 3], [None, 1, 2], [(1, 2), 3, 4], torch.arange(3)):
+    for ids in ([1.5, 2, 3], [None, 1, 2], [(1, 2), 3, 4], torch.rand(3), [True, 1, 2]):
         with pytest.raises(
             ValueError, match="expected ids that are strings or integers, got .*try"
         ):
@@ -600,3 +600,51 @@ def test_it_is_frozen_and_plain(result, in_memory):
 def test_repr_is_short(result):
     text = repr(result)
     assert "30 particles, refined" in text and "15 latents" in text and "\n" not in text
+
+
+# One brightness, and particles that are known by more than their ids
+
+
+def test_a_result_made_by_hand_has_the_brightness_of_its_population(result):
+    again = Result(result.model, result.latents, result.std, result.population, result.particles)
+    assert again.contrast == result.population.contrast == result.contrast
+    with pytest.raises(ValueError, match="expected the population's contrast .* try leaving it"):
+        replace(result, contrast=2 * result.contrast)
+    for contrast in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a positive contrast, got"):
+            Result(result.model, result.latents, contrast=contrast)
+
+
+def test_other_particles_with_the_same_ids_are_refused(in_memory):
+    """In-memory stacks all number their particles from 1."""
+    particles = in_memory.particles
+    turned = replace(particles, rotations=particles.rotations.flip(0))
+    assert turned.ids.tolist() == particles.ids.tolist()
+    with pytest.raises(ValueError, match="others with the same ids.*; try the particles"):
+        replace(in_memory, particles=turned)
+    with pytest.raises(ValueError, match="to start from, got one of others with the same ids"):
+        refine(in_memory.model, turned, start=in_memory, progress=False)
+    # A selection is known by its own particles.
+    assert in_memory[:2].particles_digest == particles[:2].metadata_digest()
+
+
+def test_other_images_behind_the_same_table_are_noticed(result, tmp_path):
+    if result.particles.source is None:
+        pytest.skip("this result's particles are in memory")
+    particles = load_particles(result.particles.source["star"])[result.particles.rows]
+    moved = tmp_path / "moved"
+    particles.save(moved / "a.star")
+    known = load_particles(moved / "a.star")
+    replace(result, particles=known, ids=known.ids, particles_digest=None).save(moved / "r")
+    assert load_result(moved / "r").particles is not None
+    stack = moved / "a.mrcs"
+    content = bytearray(stack.read_bytes())
+    content[1024:1028] = np.float32(5).tobytes()
+    stack.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match="its images are not those"):
+        assert load_result(moved / "r").particles is None
+
+
+def test_an_empty_selection_is_a_result_of_none(result, in_memory):
+    for one in (result, in_memory, replace(in_memory, particles=None)):
+        assert len(one[[]]) == 0

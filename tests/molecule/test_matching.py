@@ -1,4 +1,6 @@
+import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import prody
@@ -88,6 +90,21 @@ def test_match_says_what_was_dropped(closed):
         "Match(glua3-closed and glua3-open; bodies paired by name; "
         "A=A: 369 residues in common, 5 and 1 dropped; "
         "B=B: 362 residues in common, 3 and 9 dropped)"
+    )
+    many = replace(
+        match,
+        a=match.a.as_one_body(),
+        dropped={chain: (1, 2) for chain in "ABCDEFGHI"},
+    )
+    body = np.arange(many.a.atoms.numAtoms()) * 9 // many.a.atoms.numAtoms()
+    many = replace(
+        many,
+        a=replace(many.a, chain_ids=tuple("ABCDEFGHI"), atom_chain=body),
+        b=replace(many.b, chain_ids=tuple("JKLMNOPQR"), atom_chain=body),
+    )
+    assert re.fullmatch(
+        r"Match\(.*; 9 pairs; A=J: \d+ res[^;]*; B=K: \d+ res[^;]*; …; I=R: \d+ res[^;]*\)",
+        repr(many),
     )
     a, b = match
     assert a is match.a and b is match.b

