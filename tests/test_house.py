@@ -183,7 +183,9 @@ def public_functions() -> list:
     return list(functions.items())
 
 
-@pytest.mark.parametrize(("name", "function"), public_functions(), ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("name", "function"), public_functions(), ids=[name for name, _ in public_functions()]
+)
 def test_public_functions_say_what_they_take(name, function):
     signature = inspect.signature(function)
     loose = {"rows"}  # an int, a slice, indices or a mask: what numpy takes

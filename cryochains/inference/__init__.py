@@ -2,7 +2,7 @@
 
 from .encoder import Encoder, EncoderNetwork, encode, load_encoder
 from .identity import require_count, require_same_ids
-from .likelihood import measure_contrast, normal_equations, position_variance
+from .likelihood import NormalEquations, measure_contrast, normal_equations, position_variance
 from .refinement import refine
 from .result import Result, load_result, posterior_covariance
 from .scores import (
@@ -19,6 +19,7 @@ from .training import train_encoder
 __all__ = [
     "Encoder",
     "EncoderNetwork",
+    "NormalEquations",
     "Result",
     "Scores",
     "correlation",

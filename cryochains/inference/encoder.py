@@ -19,9 +19,9 @@ from ..images import ParticleStack
 from ..model import KINDS, Dynamics, Model, pack_model, require_same_images, unpack_model
 from .result import Result
 
-FILTERS = (32, 128, 256, 512)
-HIDDEN = (512, 256)
-ENCODER_KIND = "encoder"
+_FILTERS = (32, 128, 256, 512)
+_HIDDEN = (512, 256)
+_ENCODER_KIND = "encoder"
 
 
 class EncoderNetwork(nn.Module):
@@ -68,8 +68,8 @@ class EncoderNetwork(nn.Module):
         self.width = width
         self.pool = pool
         self.chains = dynamics.chains
-        filters = [1] + [max(1, round(width * f)) for f in FILTERS]
-        hidden = [max(1, round(width * h)) for h in HIDDEN]
+        filters = [1] + [max(1, round(width * f)) for f in _FILTERS]
+        hidden = [max(1, round(width * h)) for h in _HIDDEN]
         self.features = _convolutions(filters, pool)
         self.heads = nn.ModuleList()
         for layout in self.chains:
@@ -208,7 +208,7 @@ class Encoder:
         weights = self.network.state_dict()
         tensors |= {f"network/{name}": value for name, value in weights.items()}
         meta = {
-            "kind": ENCODER_KIND,
+            "kind": _ENCODER_KIND,
             "model": model_meta,
             "width": self.network.width,
             "pool": self.network.pool,
@@ -256,7 +256,7 @@ def load_encoder(path: str | os.PathLike) -> Encoder:
     >>> load_encoder("results/doc/encoder.safetensors")
     Encoder('glua3-closed', 0.1 M weights, 0 epochs)
     """
-    tensors, meta = load_tensors(path, ENCODER_KIND)
+    tensors, meta = load_tensors(path, _ENCODER_KIND)
     try:
         model = unpack_model(tensors, meta["model"])
         network = new_network(model, meta["width"], meta["pool"], seed=0)

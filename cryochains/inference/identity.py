@@ -23,8 +23,8 @@ def require_latents(latents: Tensor, n: int, model: Model, what: str) -> None:
     expected = (n, model.n_latents)
     if tuple(latents.shape) != expected:
         raise ValueError(
-            f"expected finite {what} of shape {expected}, one row a particle, got "
-            f"{tuple(latents.shape)}; try those of these particles, or None"
+            f"expected finite {what} of shape {expected}, got {tuple(latents.shape)}; "
+            "try those of these particles, one row each, or None"
         )
     bad = int((~torch.isfinite(latents)).any(1).sum())
     if bad:

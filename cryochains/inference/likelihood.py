@@ -20,8 +20,8 @@ from torch import Tensor
 from ..images import ParticleStack, filter_images, gaussian_transfer
 from ..model import Dynamics, Microscope, Model
 
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
 
 # Working memory of one block of Jacobians: small enough for a laptop's cache, large enough to fill
 # a GPU.
@@ -31,9 +31,9 @@ BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**31}
 MAX_ATOM_SIGMA = 4.0
 # Pixels of a blurred image, in widths of a blurred atom: at its Nyquist frequency 10⁻⁵ of an atom
 # is left.
-COARSE_PIXEL = 0.65
+_COARSE_PIXEL = 0.65
 # Å. Where atoms are not at their reference positions, sharp images look dimmer than they are.
-REFERENCE_BLUR = 8.0
+_REFERENCE_BLUR = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class NormalEquations:
 
 
 @dataclass(frozen=True, eq=False)
-class FrequencyBand:
+class _FrequencyBand:
     """The frequencies that a blur leaves; made by `frequency_band`.
 
     Attributes
@@ -83,13 +83,13 @@ class FrequencyBand:
         return float((self.weights * self.low_pass).square().sum())
 
 
-def frequency_band(microscope: Microscope, blur: float = 0.0) -> FrequencyBand:
+def frequency_band(microscope: Microscope, blur: float = 0.0) -> _FrequencyBand:
     """The frequencies that a Gaussian blur of `blur` Å leaves; the others are not computed."""
     full = microscope.box_size
     side = full * microscope.pixel_size
     box = full
     if blur:
-        pixel = COARSE_PIXEL * math.hypot(microscope.width, blur)
+        pixel = _COARSE_PIXEL * math.hypot(microscope.width, blur)
         box = min(full, 2 * math.ceil(side / (2 * pixel)))
     weights = torch.full((box, box // 2 + 1), 2.0, device=microscope.device)
     weights[:, 0] = 1.0
@@ -102,11 +102,11 @@ def frequency_band(microscope: Microscope, blur: float = 0.0) -> FrequencyBand:
     low_pass = torch.ones_like(weights)
     if blur:
         whole = gaussian_transfer(full, microscope.pixel_size, blur, microscope.device)
-        low_pass = crop_spectrum(whole, box)
-    return FrequencyBand(box, weights.sqrt(), low_pass)
+        low_pass = _crop_spectrum(whole, box)
+    return _FrequencyBand(box, weights.sqrt(), low_pass)
 
 
-def crop_spectrum(spectrum: Tensor, box: int) -> Tensor:
+def _crop_spectrum(spectrum: Tensor, box: int) -> Tensor:
     """The low frequencies of (…, full, full//2 + 1): (…, box, box//2 + 1)."""
     if box == spectrum.shape[-2]:
         return spectrum
@@ -189,7 +189,7 @@ def _linearise_block(
     pose: tuple,
     latents: Tensor,
     contrast: float,
-    band: FrequencyBand,
+    band: _FrequencyBand,
     width: float | Tensor,
 ) -> NormalEquations:
     """Normal equations of so few particles that their Jacobian fits the working memory."""
@@ -198,7 +198,7 @@ def _linearise_block(
     # The same integral sampled by fewer, larger pixels.
     transfer = contrast * (model.box_size / box) * band.weights
     if ctf is not None:
-        transfer = transfer * crop_spectrum(ctf, box)
+        transfer = transfer * _crop_spectrum(ctf, box)
     positions = microscope.image_positions(dynamics.decode(latents), rotations, shifts)
     spectrum = _real_parts(microscope.spectrum(positions, transfer, width, box))
     jacobian = latents.new_empty(len(latents), model.n_latents, spectrum.shape[1])
@@ -215,7 +215,7 @@ def _linearise_block(
         jacobian[:, layout.latents] = _real_parts(steps)
     data = spectrum
     if images is not None:
-        observed = crop_spectrum(torch.fft.rfft2(images, norm="ortho"), box)
+        observed = _crop_spectrum(torch.fft.rfft2(images, norm="ortho"), box)
         data = _real_parts(observed * (band.weights * band.low_pass))
     residual = data - spectrum
     return NormalEquations(
@@ -261,13 +261,13 @@ def measure_contrast(model: Model, particles: ParticleStack, n: int = 500) -> fl
     microscope = model.microscope
     step = -(-len(particles) // n)
     low_pass = gaussian_transfer(
-        model.box_size, model.pixel_size, REFERENCE_BLUR, microscope.device
+        model.box_size, model.pixel_size, _REFERENCE_BLUR, microscope.device
     )
     overlap = 0.0
     power = 0.0
     for batch in particles[::step].batches(64, device=microscope.device):
         coords = model.dynamics.reference.expand(len(batch), -1, -1)
-        expected = microscope.render(coords, *batch.pose, blur=REFERENCE_BLUR)
+        expected = microscope.render(coords, *batch.pose, blur=_REFERENCE_BLUR)
         expected = expected - expected.mean(dim=(-2, -1), keepdim=True)
         overlap += float((filter_images(batch.images, low_pass) * expected).sum())
         power += float((expected * expected).sum())
@@ -286,8 +286,8 @@ def require_bright_protein(overlap: float) -> None:
 
 
 def map_blocks(
-    function: Callable[[Item], Answer], blocks: list[Item], device: torch.device
-) -> list[Answer]:
+    function: Callable[[_Item], _Answer], blocks: list[_Item], device: torch.device
+) -> list[_Answer]:
     """``[function(block) for block in blocks]``; on a CPU one thread takes a whole block.
 
     Without gradients. Threads that share every small operation wait for each other after each: on a
@@ -306,6 +306,6 @@ def map_blocks(
         torch.set_num_threads(threads)
 
 
-def _without_gradients(function: Callable[[Item], Answer], block: Item) -> Answer:
+def _without_gradients(function: Callable[[_Item], _Answer], block: _Item) -> _Answer:
     with torch.no_grad():
         return function(block)

@@ -13,8 +13,8 @@ needs no image:
 (e.g. Bishop, PRML, section 9.4). Σ is shrunk towards the elastic network's own prior (variance of
 α_k ∝ 1/λ_k), which decides when particles are few.
 
-A pass is four steps, each a function from one `State` to the next: `linearise` (reads the images),
-`rescale`, `learn_population` (EM) and `propose` (the next latents).
+A pass is four steps, each a function from one `_State` to the next: `_linearise` (reads the
+images), `_rescale`, `_learn_population` (EM) and `_propose` (the next latents).
 """
 
 import os
@@ -52,24 +52,24 @@ from .likelihood import (
 from .result import Result
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
-BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
-# Passes at the last blur go on, up to so many, while particles still move by more than CONVERGED
+_BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
+# Passes at the last blur go on, up to so many, while particles still move by more than _CONVERGED
 # (RMS Å).
-MAX_EXTRA_PASSES = 4
-CONVERGED = 0.1
+_MAX_EXTRA_PASSES = 4
+_CONVERGED = 0.1
 # EM on the stored normal equations: few steps while they will be made anew, more at the end; it
 # stops at a change in Å.
-EM_STEPS = 10
-LAST_EM_STEPS = 20
-EM_TOLERANCE = 3e-3
+_EM_STEPS = 10
+_LAST_EM_STEPS = 20
+_EM_TOLERANCE = 3e-3
 # Of the signal: the model's images are not thought right to better than this, or clear images would
 # be overfitted.
-MODEL_ERROR = 0.3
+_MODEL_ERROR = 0.3
 # Å. At this blur and above the brightness is measured: there a misplaced atom hardly lowers it.
-MIN_CONTRAST_BLUR = 4.0
+_MIN_CONTRAST_BLUR = 4.0
 # Particles whose normal equations are solved at a time.
-SOLVE_BLOCK = 64
-CHECKPOINT_KIND = "refinement checkpoint"
+_SOLVE_BLOCK = 64
+_CHECKPOINT_KIND = "refinement checkpoint"
 
 
 def refine(
@@ -78,7 +78,7 @@ def refine(
     population: Population | None = None,
     *,
     start: Result | Tensor | None = None,
-    blurs: Sequence[float] = BLURS,
+    blurs: Sequence[float] = _BLURS,
     n_population: int = 4000,
     batch_size: int = 64,
     seed: int = 0,
@@ -145,7 +145,7 @@ def refine(
     std = torch.zeros(n, model.n_latents)
     history: tuple[dict, ...] = ()
     for number, rows in enumerate(_blocks(n, population is None, n_population, seed)):
-        run = Run(
+        run = _Run(
             model=model,
             particles=particles[rows],
             start=None if first is None else first[rows],
@@ -154,7 +154,7 @@ def refine(
             batch_size=batch_size,
             checkpoint=_block_path(checkpoint, number),
         )
-        state = run_passes(run, progress)
+        state = _run_passes(run, progress)
         latents[rows] = state.proposal.cpu()
         std[rows] = state.std.cpu()
         if population is None:
@@ -223,7 +223,7 @@ def _block_path(checkpoint: str | os.PathLike | None, number: int) -> Path | Non
     return Path(checkpoint) if number == 0 else Path(f"{checkpoint}.block{number}")
 
 
-def _learned_population(model: Model, state: "State") -> Population:
+def _learned_population(model: Model, state: "_State") -> Population:
     return Population(
         state.mean.cpu(),
         state.covariance.cpu(),
@@ -234,7 +234,7 @@ def _learned_population(model: Model, state: "State") -> Population:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class _Run:
     """What stays the same while some particles are refined together.
 
     Attributes
@@ -261,7 +261,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Constants:
+class _Constants:
     """What is computed once for a run.
 
     Attributes
@@ -276,7 +276,7 @@ class Constants:
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class _State:
     """What is known after a pass, of each particle and of all; a checkpoint holds just this.
 
     Attributes
@@ -313,7 +313,7 @@ class State:
     history: tuple[dict, ...] = ()
 
 
-STATE_TENSORS = (
+_STATE_TENSORS = (
     "proposal",
     "latents",
     "std",
@@ -326,8 +326,8 @@ STATE_TENSORS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Linearisation:
-    """The images of all particles, linearised at ``State.latents``; see `linearise`.
+class _Linearisation:
+    """The images of all particles, linearised at ``_State.latents``; see `_linearise`.
 
     Attributes
     ----------
@@ -356,7 +356,7 @@ class Linearisation:
 # The loop
 
 
-def run_passes(run: Run, progress: bool) -> State:
+def _run_passes(run: _Run, progress: bool) -> _State:
     """Pass after pass, from the start or a checkpoint to the end of the schedule."""
     constants = _constants(run.model)
     identity = "" if run.checkpoint is None else _identity(run)
@@ -377,27 +377,27 @@ def run_passes(run: Run, progress: bool) -> State:
     return state
 
 
-def _is_done(run: Run, state: State) -> bool:
+def _is_done(run: _Run, state: _State) -> bool:
     extra = len(state.history) - len(run.blurs)
     if extra < 0:
         return False
-    return state.history[-1]["step"] < CONVERGED or extra >= MAX_EXTRA_PASSES
+    return state.history[-1]["step"] < _CONVERGED or extra >= _MAX_EXTRA_PASSES
 
 
 def _one_pass(
-    run: Run, constants: Constants, state: State, update: Callable[[int], object]
-) -> State:
-    """One look at every image: linearise, refuse steps that made things worse, EM, next step."""
+    run: _Run, constants: _Constants, state: _State, update: Callable[[int], object]
+) -> _State:
+    """One look at every image: _linearise, refuse steps that made things worse, EM, next step."""
     number = len(state.history)
     blur = run.blurs[min(number, len(run.blurs) - 1)]
     same_blur = number > 0 and blur == state.history[-1]["blur"]
-    n_em_steps = LAST_EM_STEPS if number >= len(run.blurs) - 1 else EM_STEPS
-    state, equations = linearise(run, state, blur, same_blur, update)
-    if run.population is None and blur >= MIN_CONTRAST_BLUR:
-        state, equations = rescale(state, equations)
-    state, means = learn_population(run, constants, state, equations, n_em_steps)
+    n_em_steps = _LAST_EM_STEPS if number >= len(run.blurs) - 1 else _EM_STEPS
+    state, equations = _linearise(run, state, blur, same_blur, update)
+    if run.population is None and blur >= _MIN_CONTRAST_BLUR:
+        state, equations = _rescale(state, equations)
+    state, means = _learn_population(run, constants, state, equations, n_em_steps)
     width = float(np.hypot(run.model.microscope.width, blur))
-    state, step = propose(constants, state, equations, means, same_blur, width)
+    state, step = _propose(constants, state, equations, means, same_blur, width)
     state = replace(state, variance=_position_variances(run, state, equations.hessian))
     record = {
         "blur": blur,
@@ -410,13 +410,13 @@ def _one_pass(
     return replace(state, history=(*state.history, record))
 
 
-def _constants(model: Model) -> Constants:
+def _constants(model: Model) -> _Constants:
     share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
     of_latent = torch.from_numpy(share[model.dynamics.latent_chain]).float()
-    return Constants(elastic_prior(model.dynamics), of_latent.to(model.device))
+    return _Constants(elastic_prior(model.dynamics), of_latent.to(model.device))
 
 
-def _first_state(run: Run, constants: Constants) -> State:
+def _first_state(run: _Run, constants: _Constants) -> _State:
     """Before any image was seen; only the brightness is measured."""
     model, device = run.model, run.model.device
     n, p = len(run.particles), model.n_latents
@@ -434,7 +434,7 @@ def _first_state(run: Run, constants: Constants) -> State:
         proposal = mean.float().expand(n, p).clone()
     else:
         proposal = run.start.to(device).float().clone()
-    state = State(
+    state = _State(
         proposal=proposal,
         latents=proposal,
         std=torch.zeros(n, p, device=device),
@@ -452,9 +452,9 @@ def _first_state(run: Run, constants: Constants) -> State:
 # The steps of a pass
 
 
-def linearise(
-    run: Run, state: State, blur: float, same_blur: bool, update: Callable[[int], object]
-) -> tuple[State, Linearisation]:
+def _linearise(
+    run: _Run, state: _State, blur: float, same_blur: bool, update: Callable[[int], object]
+) -> tuple[_State, _Linearisation]:
     """Look at every image at its proposed latents, and go back where that made things worse.
 
     Whether it did is only known where the last pass looked at the same blur. `update` is called
@@ -515,10 +515,10 @@ def linearise(
     looked = replace(
         state, latents=latents, residual=residual, damping=damping, noise_std=noise_std
     )
-    return looked, Linearisation(hessian, right, moved, n_pixels, overlap, power, refused)
+    return looked, _Linearisation(hessian, right, moved, n_pixels, overlap, power, refused)
 
 
-def _objective(state: State) -> Callable[[Tensor, Tensor], Tensor]:
+def _objective(state: _State) -> Callable[[Tensor, Tensor], Tensor]:
     """Minus the log posterior of particles with a ‖y − f‖² (b,) at latents (b, p)."""
     precision = state.covariance.inverse()
     noise_variance = _known(state.noise_std) ** 2
@@ -531,7 +531,7 @@ def _objective(state: State) -> Callable[[Tensor, Tensor], Tensor]:
     return objective
 
 
-def rescale(state: State, equations: Linearisation) -> tuple[State, Linearisation]:
+def _rescale(state: _State, equations: _Linearisation) -> tuple[_State, _Linearisation]:
     """The brightness by regression of all images on the model's, and the equations under it."""
     require_bright_protein(equations.overlap)
     factor = equations.overlap / equations.power
@@ -541,9 +541,9 @@ def rescale(state: State, equations: Linearisation) -> tuple[State, Linearisatio
     return replace(state, contrast=state.contrast * factor), equations
 
 
-def learn_population(
-    run: Run, constants: Constants, state: State, equations: Linearisation, n_steps: int
-) -> tuple[State, Tensor]:
+def _learn_population(
+    run: _Run, constants: _Constants, state: _State, equations: _Linearisation, n_steps: int
+) -> tuple[_State, Tensor]:
     """EM on the stored equations: μ, Σ and σ, unless they are given, and the posterior means."""
     residual = float(state.residual.double().sum())
     signal = float(np.sqrt(equations.power / (len(state.latents) * equations.n_pixels)))
@@ -555,13 +555,13 @@ def learn_population(
             total = residual + trace * _known(state.noise_std) ** 2
             estimate = float(np.sqrt(total / (len(means) * equations.n_pixels)))
             state = _maximisation(constants.prior, state, means, covariance_sum)
-            state = replace(state, noise_std=max(estimate, MODEL_ERROR * signal))
-        if _change(before, state) < EM_TOLERANCE:
+            state = replace(state, noise_std=max(estimate, _MODEL_ERROR * signal))
+        if _change(before, state) < _EM_TOLERANCE:
             break
     return state, means
 
 
-def _expectation(state: State, equations: Linearisation) -> tuple[Tensor, Tensor, Tensor, float]:
+def _expectation(state: _State, equations: _Linearisation) -> tuple[Tensor, Tensor, Tensor, float]:
     """Of every particle the posterior mean and standard deviations; Σ C_i and Σ tr(C_i H_i)/σ²."""
     n, p = state.latents.shape
     precision = state.covariance.inverse()
@@ -589,8 +589,8 @@ def _expectation(state: State, equations: Linearisation) -> tuple[Tensor, Tensor
 
 
 def _maximisation(
-    prior: ElasticPrior, state: State, means: Tensor, covariance_sum: Tensor
-) -> State:
+    prior: ElasticPrior, state: _State, means: Tensor, covariance_sum: Tensor
+) -> _State:
     """Mean and covariance of all particles, within what the prior thinks possible."""
     mean = means.double().mean(0).clamp(-prior.limit, prior.limit)
     off = means.double() - mean
@@ -600,21 +600,21 @@ def _maximisation(
     return replace(state, mean=mean, covariance=covariance)
 
 
-def _change(before: State, after: State) -> float:
+def _change(before: _State, after: _State) -> float:
     """Å, the largest change of the population's mean or spread along a latent."""
     of_mean = (after.mean - before.mean).abs().max()
     spreads = after.covariance.diagonal().sqrt() - before.covariance.diagonal().sqrt()
     return float(torch.maximum(of_mean, spreads.abs().max()))
 
 
-def propose(
-    constants: Constants,
-    state: State,
-    equations: Linearisation,
+def _propose(
+    constants: _Constants,
+    state: _State,
+    equations: _Linearisation,
     means: Tensor,
     same_blur: bool,
     width: float,
-) -> tuple[State, Tensor]:
+) -> tuple[_State, Tensor]:
     """Latents to look at next, and the step (n, p) towards them: to the means, but not too far.
 
     `width` in Å is that of an atom in these images.
@@ -631,7 +631,7 @@ def propose(
     return replace(state, proposal=state.latents + step), step
 
 
-def _position_variances(run: Run, state: State, hessian: Tensor | None) -> Tensor:
+def _position_variances(run: _Run, state: _State, hessian: Tensor | None) -> Tensor:
     """(n, n_atoms) how uncertain every atom's position is, from what is known of each particle.
 
     Before any image was seen, where there is no `hessian`, from the prior.
@@ -655,19 +655,21 @@ def _position_variances(run: Run, state: State, hessian: Tensor | None) -> Tenso
 
 
 def _slices(n: int) -> list[slice]:
-    return [slice(start, min(start + SOLVE_BLOCK, n)) for start in range(0, n, SOLVE_BLOCK)]
+    return [slice(start, min(start + _SOLVE_BLOCK, n)) for start in range(0, n, _SOLVE_BLOCK)]
 
 
 def _known(noise_std: float | None) -> float:
     if noise_std is None:
-        raise ValueError("expected noise that was measured, got none before the first pass")
+        raise ValueError(
+            "expected noise that was measured, got none before the first pass; try linearise first"
+        )
     return noise_std
 
 
 # Checkpoints
 
 
-def _identity(run: Run) -> str:
+def _identity(run: _Run) -> str:
     """What a checkpoint must have in common with the run it resumes, beside the model."""
     population = run.population
     given: tuple = ()
@@ -677,12 +679,12 @@ def _identity(run: Run) -> str:
     return content_digest(run.particles.digest(), run.blurs, start, *given)
 
 
-def _save_checkpoint(run: Run, identity: str, state: State) -> None:
+def _save_checkpoint(run: _Run, identity: str, state: _State) -> None:
     if run.checkpoint is None:
         return
-    tensors = {name: getattr(state, name) for name in STATE_TENSORS}
+    tensors = {name: getattr(state, name) for name in _STATE_TENSORS}
     meta = {
-        "kind": CHECKPOINT_KIND,
+        "kind": _CHECKPOINT_KIND,
         "noise_std": state.noise_std,
         "contrast": state.contrast,
         "history": state.history,
@@ -692,19 +694,19 @@ def _save_checkpoint(run: Run, identity: str, state: State) -> None:
     save_tensors(run.checkpoint, tensors, meta)
 
 
-def _load_checkpoint(run: Run, identity: str) -> State | None:
+def _load_checkpoint(run: _Run, identity: str) -> _State | None:
     """The state of a run that was cut; None where there is no checkpoint yet."""
     if run.checkpoint is None or not run.checkpoint.exists():
         return None
-    tensors, meta = load_tensors(run.checkpoint, CHECKPOINT_KIND)
+    tensors, meta = load_tensors(run.checkpoint, _CHECKPOINT_KIND)
     require_same_model(run.model, meta["fingerprint"], f"a checkpoint ({run.checkpoint})")
     if meta["identity"] != identity:
         raise ValueError(
             f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
             f"and blurs, got another run's in {run.checkpoint}; try another checkpoint path"
         )
-    return State(
-        **{name: tensors[name].to(run.model.device) for name in STATE_TENSORS},
+    return _State(
+        **{name: tensors[name].to(run.model.device) for name in _STATE_TENSORS},
         noise_std=meta["noise_std"],
         contrast=meta["contrast"],
         history=tuple(meta["history"]),

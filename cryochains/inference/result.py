@@ -27,7 +27,7 @@ from .identity import require_count, require_same_ids, select_by_id
 from .likelihood import normal_equations, position_variance
 
 RESULT_KIND = "result"
-ANSWER_KINDS = ("refined", "encoded", "given")
+_ANSWER_KINDS = ("refined", "encoded", "given")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,8 +93,8 @@ class Result:
     particles_digest: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ANSWER_KINDS:
-            kinds = ", ".join(map(repr, ANSWER_KINDS))
+        if self.kind not in _ANSWER_KINDS:
+            kinds = ", ".join(map(repr, _ANSWER_KINDS))
             raise ValueError(
                 f"expected a result that is one of {kinds}, got {self.kind!r}; try kind='given'"
             )

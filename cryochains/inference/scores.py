@@ -23,7 +23,7 @@ from .result import Result
 CONFORMATIONS_AT_A_TIME = 256
 
 
-class Components(Protocol):
+class _Components(Protocol):
     """What `score` needs of principal motions: the scores of a result on each component."""
 
     def transform(self, other: Result) -> np.ndarray:
@@ -83,7 +83,7 @@ class Scores:
 
 
 @torch.no_grad()
-def score(result: Result, motions: Components | None = None) -> Scores:
+def score(result: Result, motions: _Components | None = None) -> Scores:
     """Score a result against the truth that its simulated particles carry.
 
     Parameters

@@ -23,7 +23,7 @@ from .likelihood import measure_contrast
 from .result import Result
 from .scores import score
 
-TRAINING_KIND = "training checkpoint"
+_TRAINING_KIND = "training checkpoint"
 
 
 def train_encoder(
@@ -113,7 +113,7 @@ def train_encoder(
     path = None if checkpoint is None else Path(checkpoint)
     progress_so_far = _load_training(path, model, network, optimizer, settings)
     if progress_so_far is None:
-        progress_so_far = Progress(_weights(network), measure_contrast(model, train))
+        progress_so_far = _Progress(_weights(network), measure_contrast(model, train))
     trained = _train_epochs(
         _Training(model, network, optimizer, train, validation, batch_size, precision),
         progress_so_far,
@@ -131,7 +131,7 @@ def train_encoder(
 
 
 @dataclass(frozen=True, eq=False)
-class Progress:
+class _Progress:
     """What a training run must remember besides network and optimizer.
 
     best weights by name, the brightness of the images, and one record an epoch.
@@ -147,7 +147,7 @@ class Progress:
         losses = [record["held_out_loss"] for record in self.history]
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
-    def after(self, record: dict, network: EncoderNetwork) -> "Progress":
+    def after(self, record: dict, network: EncoderNetwork) -> "_Progress":
         """With one more epoch, whose weights are kept where it is the best so far."""
         later = replace(self, history=(*self.history, record))
         if later.epochs_without_progress == 0:
@@ -179,13 +179,13 @@ class _Training:
 
 def _train_epochs(
     training: _Training,
-    progress: Progress,
+    progress: _Progress,
     epochs: int,
     patience: int,
     seed: int,
-    save: Callable[[Progress], None],
+    save: Callable[[_Progress], None],
     show: bool,
-) -> Progress:
+) -> _Progress:
     n = len(training.train)
     done = len(progress.history)
     with tqdm(
@@ -257,7 +257,7 @@ def _save_training(
     network: EncoderNetwork,
     optimizer: torch.optim.Optimizer,
     settings: dict,
-    progress: Progress,
+    progress: _Progress,
 ) -> None:
     if path is None:
         return
@@ -267,7 +267,7 @@ def _save_training(
         for name, value in state.items():
             tensors[f"adam/{index}/{name}"] = torch.as_tensor(value)
     meta = {
-        "kind": TRAINING_KIND,
+        "kind": _TRAINING_KIND,
         "contrast": progress.contrast,
         "history": list(progress.history),
         "fingerprint": model.fingerprint,
@@ -282,11 +282,11 @@ def _load_training(
     network: EncoderNetwork,
     optimizer: torch.optim.Optimizer,
     settings: dict,
-) -> Progress | None:
+) -> _Progress | None:
     """Network and optimizer as a run that was cut left them; None where there is no checkpoint."""
     if path is None or not path.exists():
         return None
-    tensors, meta = load_tensors(path, TRAINING_KIND)
+    tensors, meta = load_tensors(path, _TRAINING_KIND)
     require_same_model(model, meta["fingerprint"], f"a checkpoint ({path})")
     other = meta["settings"]
     differing = [name for name, value in settings.items() if other.get(name) != value]
@@ -303,4 +303,4 @@ def _load_training(
     n_parameters = len(list(network.parameters()))
     adam = {index: part(f"adam/{index}/") for index in range(n_parameters)}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": adam})
-    return Progress(part("best/"), meta["contrast"], tuple(meta["history"]))
+    return _Progress(part("best/"), meta["contrast"], tuple(meta["history"]))

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..molecule import Modes, Structure
 
 KINDS = ("mode", "rotation", "translation")
-CPU = torch.device("cpu")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Dynamics:
     modes: Modes | None = None
     rotation: bool = True
     translation: bool = True
-    device: torch.device = CPU
+    device: torch.device = _CPU
 
     def __post_init__(self) -> None:
         if self.modes is None and not (self.rotation or self.translation):
@@ -347,7 +347,7 @@ class Dynamics:
         """
         ids = self.structure.chain_ids
         if chain not in ids:
-            raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}")
+            raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}; try {ids[0]!r}")
         if not (self.rotation and self.translation):
             raise ValueError(
                 "expected a model whose chains turn and shift, got one with either switched off; "

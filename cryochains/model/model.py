@@ -15,7 +15,7 @@ from .dynamics import Dynamics
 from .microscope import Microscope, require_fit_in_box
 
 # What each part of a fingerprint is called where it differs.
-PART_NAMES = {
+_PART_NAMES = {
     "structure": "structure or bodies",
     "atoms": "imaging atoms",
     "switches": "number of modes, or whether chains turn and shift",
@@ -26,7 +26,7 @@ PART_NAMES = {
     "pixel_size": "pixel size",
 }
 # Numbers of a fingerprint agree to this: machines differ in the last digits of a mode.
-FINGERPRINT_TOLERANCE = 1e-3
+_FINGERPRINT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -188,7 +188,7 @@ def require_same_model(model: Model, fingerprint: Mapping, what: str) -> None:
     """
     own = model.fingerprint
     differing = [
-        name for key, name in PART_NAMES.items() if not _same_part(own[key], fingerprint.get(key))
+        name for key, name in _PART_NAMES.items() if not _same_part(own[key], fingerprint.get(key))
     ]
     if differing:
         raise ValueError(
@@ -251,4 +251,4 @@ def _same_part(a: object, b: object) -> bool:
     first, second = np.atleast_1d(np.asarray(a)), np.atleast_1d(np.asarray(b))
     if first.shape != second.shape:
         return False
-    return bool(np.allclose(first, second, rtol=0, atol=FINGERPRINT_TOLERANCE))
+    return bool(np.allclose(first, second, rtol=0, atol=_FINGERPRINT_TOLERANCE))

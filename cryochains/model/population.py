@@ -21,11 +21,11 @@ START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
 # Å, neighbours along a chain are not thought to part by more along one mode: a bond's length.
 MAX_BOND_STRETCH = 4.0
 # Å, nodes of a chain that are nearer are neighbours along it.
-BONDED_DISTANCE = 8.0
+_BONDED_DISTANCE = 8.0
 # What is thought of the variances before any image was seen counts as much as so many particles.
-PRIOR_PARTICLES = 20
+_PRIOR_PARTICLES = 20
 PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
-POPULATION_KIND = "population"
+_POPULATION_KIND = "population"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,7 +62,7 @@ class Population:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all; it holds no coordinates."""
-        meta = {"kind": POPULATION_KIND, **self.description()}
+        meta = {"kind": _POPULATION_KIND, **self.description()}
         save_tensors(path, self.tensors(), meta)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def load_population(name: str | os.PathLike) -> Population:
             f"expected a population of {', '.join(known)}, or a file of one, got {str(name)!r}; "
             "try a full path"
         )
-    tensors, meta = load_tensors(path, POPULATION_KIND)
+    tensors, meta = load_tensors(path, _POPULATION_KIND)
     try:
         return Population.restore(tensors, meta)
     except (KeyError, TypeError, ValueError) as error:
@@ -193,7 +193,7 @@ def mode_limit(dynamics: Dynamics) -> Tensor:
     structure = dynamics.structure
     for chain, layout in enumerate(dynamics.chains):
         nodes = structure.node_coords[structure.node_chain == chain]
-        bonded = np.linalg.norm(np.diff(nodes, axis=0), axis=1) < BONDED_DISTANCE
+        bonded = np.linalg.norm(np.diff(nodes, axis=0), axis=1) < _BONDED_DISTANCE
         # One unit of a latent moves its chain by 1 Å (RMS), a vector of norm √n.
         vectors = dynamics.modes.vectors[chain] * np.sqrt(len(nodes))
         stretch = np.linalg.norm(np.diff(vectors, axis=1)[:, bonded], axis=-1)
@@ -215,5 +215,5 @@ def shrink_covariance(scatter: Tensor, n: int, prior: ElasticPrior) -> Tensor:
         target[of_kind] *= (observed[of_kind] / n).sum() / target[of_kind].sum()
     # Variances are soon the particles' own; what p² correlations would say by chance takes p
     # particles to believe.
-    target = (observed + PRIOR_PARTICLES * target) / (n + PRIOR_PARTICLES)
+    target = (observed + _PRIOR_PARTICLES * target) / (n + _PRIOR_PARTICLES)
     return (scatter + p * target.diag()) / (n + p)

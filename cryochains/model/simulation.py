@@ -29,7 +29,7 @@ from .microscope import Microscope, require_fit_in_box
 from .truth import Truth
 
 # Å, radians, kV, mm; a pair is a range to draw from. Those of a 300 kV microscope.
-CTF_RANGES: dict = {
+_CTF_RANGES: dict = {
     "defocus": (10_000.0, 25_000.0),
     "astigmatism": (0.0, 500.0),
     "defocus_angle": (0.0, math.pi),
@@ -39,11 +39,11 @@ CTF_RANGES: dict = {
     "amplitude_contrast": 0.1,
 }
 # Share of the box that the molecule's largest extent takes.
-FILLED_SHARE = 0.85
+_FILLED_SHARE = 0.85
 # So many images' variance sets the noise.
-N_FOR_SNR = 512
+_N_FOR_SNR = 512
 # Streams of random numbers: each quantity has its own, so that drawing one more changes no other.
-FRAMES, SHIFTS, OPTICS, NOISE = range(4)
+_FRAMES, _SHIFTS, _OPTICS, _NOISE = range(4)
 
 
 def simulate_particles(
@@ -86,7 +86,9 @@ def simulate_particles(
         Width in Å of an atom (see `Microscope`).
     ctf : bool or mapping
         True: 300 kV, Cs 2.7 mm, amplitude contrast 0.1, defocus 1–2.5 µm. False: none. A mapping
-        changes some of ``CTF_RANGES``: a number, or a pair to draw from uniformly (Å and radians).
+        changes some of "defocus" and "astigmatism" (Å), "defocus_angle" and "phase_shift"
+        (radians), "voltage_kv", "spherical_aberration_mm", "amplitude_contrast": a number, or a
+        pair to draw from uniformly.
     shift_std : float
         Standard deviation of the shifts along x and y, Å.
     seed : int
@@ -142,14 +144,14 @@ def simulate_particles(
     optics = None
     if ctf is not False:
         optics = _draw_ctf({} if ctf is True else ctf, n_particles, seed)
-    shifts = _stream(seed, SHIFTS).normal(0.0, shift_std, (n_particles, 2))
+    shifts = _stream(seed, _SHIFTS).normal(0.0, shift_std, (n_particles, 2))
     poses = _Poses(random_rotations(n_particles, seed), torch.from_numpy(shifts).float(), optics)
     microscope = microscope.to(device)
 
     def clean(rows: Tensor) -> Tensor:
         return _clean_images(microscope, truth.coords(rows), poses, rows)
 
-    measured = torch.arange(min(n_particles, N_FOR_SNR)).split(chunk_size)
+    measured = torch.arange(min(n_particles, _N_FOR_SNR)).split(chunk_size)
     noise_std = noise_std_for_snr(torch.cat([clean(rows) for rows in measured]), snr_db)
     truth = replace(truth, noise_std=noise_std)
     chunks = _noisy_chunks(clean, n_particles, noise_std, box_size, seed, chunk_size, progress)
@@ -215,7 +217,7 @@ def _noise(rows: Tensor, box_size: int, seed: int) -> Tensor:
     # A generator for each particle: the noise does not depend on how particles are grouped.
     shape = (box_size, box_size)
     noise = [
-        _stream(seed, NOISE, row).standard_normal(shape, dtype=np.float32) for row in rows.tolist()
+        _stream(seed, _NOISE, row).standard_normal(shape, dtype=np.float32) for row in rows.tolist()
     ]
     return torch.from_numpy(np.stack(noise))
 
@@ -244,7 +246,7 @@ def _truth_of_conformations(
             "expected finite coordinates in Å, got NaN or Inf in conformations; "
             "try leaving those conformations out"
         )
-    frame = torch.from_numpy(_stream(seed, FRAMES).integers(0, len(coords), n))
+    frame = torch.from_numpy(_stream(seed, _FRAMES).integers(0, len(coords), n))
     return Truth(0.0, snr_db, conformations=coords, frame=frame)
 
 
@@ -288,20 +290,20 @@ def _filling_pixel_size(
 ) -> float:
     # Three widths of an atom beyond its centre nothing is left to see.
     extent = 2 * (np.linalg.norm(farthest - origin) + 3 * (sigma or 2.0))
-    return math.ceil(100 * extent / (FILLED_SHARE * box_size)) / 100
+    return math.ceil(100 * extent / (_FILLED_SHARE * box_size)) / 100
 
 
 def _draw_ctf(changes: Mapping, n: int, seed: int) -> CTF:
-    unknown = sorted(set(changes) - set(CTF_RANGES))
+    unknown = sorted(set(changes) - set(_CTF_RANGES))
     if unknown:
         raise ValueError(
-            f"expected CTF ranges among {', '.join(CTF_RANGES)}, got {', '.join(unknown)}; "
+            f"expected CTF ranges among {', '.join(_CTF_RANGES)}, got {', '.join(unknown)}; "
             "try ctf=True"
         )
     drawn = {}
-    for key, (name, value) in enumerate({**CTF_RANGES, **changes}.items()):
+    for key, (name, value) in enumerate({**_CTF_RANGES, **changes}.items()):
         low, high = np.broadcast_to(np.asarray(value, dtype=np.float64), (2,))
-        drawn[name] = _stream(seed, OPTICS, key).uniform(low, high, n)
+        drawn[name] = _stream(seed, _OPTICS, key).uniform(low, high, n)
     defocus = drawn.pop("defocus")
     half = drawn.pop("astigmatism") / 2
     drawn["defocus_u"] = defocus + half
