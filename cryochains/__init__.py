@@ -124,4 +124,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PACKAGE_OF, *_PACKAGE_OF.values()})
+    own = {name for name in globals() if name.startswith("__")}
+    return sorted({*own, *_PACKAGE_OF, *_PACKAGE_OF.values()})
