@@ -17,6 +17,8 @@ from ..molecule import Structure
 
 # Å, no line is drawn between nodes farther apart: residues are missing there, or a chain ends.
 _LONGEST_BOND = 8.0
+# Chains that a legend names; of more it would cover the picture.
+_MOST_IN_LEGEND = 8
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
@@ -104,6 +106,8 @@ def draw_backbones(
 
 
 def _draw_chain_legend(axis: Axes, structure: Structure, chains: np.ndarray) -> None:
+    if structure.n_chains > _MOST_IN_LEGEND:
+        return
     # A movie draws its backbones many times on the same axes.
     if not axis.lines:
         for chain in dict.fromkeys(chains.tolist()):

@@ -269,6 +269,9 @@ def test_selection_outlives_other_components_until_reset(shown, latents):
     with pytest.raises(ValueError, match="expected particles from 0"):
         shown.select([N + 1])
     assert shown.rows.tolist() == [9]
+    # A mask selects the particles where it is true.
+    shown.select(np.isin(np.arange(N), [2, 9]))
+    assert shown.rows.tolist() == [2, 9]
     home = next(w for w in descendants(shown) if getattr(w, "description", "") == "reset")
     home.click()
     assert len(shown.rows) == 0 and len(shown.landscape.scatter.selection) == 0
