@@ -65,10 +65,12 @@ def correct_reference(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = result.model.to(device)
-    chosen = result[: min(n_particles, len(result))]
+    # What is learned from junk would be wrong.
+    shown = np.flatnonzero(result.shows_molecule)
+    chosen = result[shown[:n_particles]]
     batches = chosen.particles.batches(BATCH_SIZE, device=device)
     views = [_view_of(model, chosen, batch) for batch in batches]
-    field = _most_probable_field(model, views, result.population.noise_std, result.contrast)
+    field = _most_probable_field(model, views)
     moved = field.cpu().double().numpy()
     structure = model.structure
     return structure.with_coords(structure.atoms.getCoords() + moved[structure.atom_node])
@@ -88,6 +90,8 @@ class _View:
     widths : (b, n_atoms) tensor
         Å, of the Gaussians: an atom is drawn as wide as it is uncertain.
     ctf : (b, box, box//2 + 1) tensor or None
+    scale, noise_variance : (b,) tensors
+        Brightness of each image, and the variance of its noise.
     """
 
     images: Tensor
@@ -95,6 +99,8 @@ class _View:
     frames: list[Tensor]
     widths: Tensor
     ctf: Tensor | None
+    scale: Tensor
+    noise_variance: Tensor
 
 
 @torch.no_grad()
@@ -103,6 +109,9 @@ def _view_of(model: Model, result: Result, batch: Batch) -> _View:
     latents = result.latents[batch.rows.cpu()].to(model.device)
     std = result.std[batch.rows.cpu()].to(model.device)
     variance = position_variance(dynamics, latents, batch.rotations, std.square().diag_embed())
+    noise = torch.full((len(latents),), result.population.noise_std)
+    if result.noise is not None:
+        noise = result.noise[batch.rows.cpu()]
     frames = []
     for chain in range(len(dynamics.chains)):
         turn = rotvec_to_matrix(dynamics.rotvecs(latents, chain))
@@ -115,12 +124,12 @@ def _view_of(model: Model, result: Result, batch: Batch) -> _View:
         frames=frames,
         widths=(microscope.width**2 + variance).sqrt(),
         ctf=batch.ctf,
+        scale=result.scale[batch.rows.cpu()].to(model.device),
+        noise_variance=noise.to(model.device).square(),
     )
 
 
-def _most_probable_field(
-    model: Model, views: list[_View], noise_std: float, contrast: float
-) -> Tensor:
+def _most_probable_field(model: Model, views: list[_View]) -> Tensor:
     """(n_nodes, 3) Å: d at the smallest sum of misfit and prior, by L-BFGS."""
     structure = model.structure
     directions = _directions_of_chains(model)
@@ -139,10 +148,10 @@ def _most_probable_field(
 
     def misfit(view: _View) -> Tensor:
         field = _without_directions(free, directions, structure)
-        residual = view.images - contrast * _expected_images(model, view, field)
+        residual = view.images - view.scale[:, None, None] * _expected_images(model, view, field)
         # The mean of an image is left out: particle extraction normalises it away.
         residual = residual - residual.mean(dim=(1, 2), keepdim=True)
-        return residual.square().sum() / (2 * noise_std**2)
+        return (residual.square().sum((1, 2)) / (2 * view.noise_variance)).sum()
 
     def objective() -> float:
         optimizer.zero_grad()

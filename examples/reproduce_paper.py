@@ -262,9 +262,10 @@ def evaluate(
 ) -> tuple[dict, dict]:
     """What the figures draw, and the numbers of the row."""
     particles = held_out.particles
-    scores = cc.score(held_out)
+    # As the paper has it: poses are given, and nothing is superposed.
+    scores = cc.score(held_out, frame="poses")
     _, floor = true_latents(held_out.model, particles)
-    limit = cc.information_limit(held_out.model, particles)
+    limit = cc.information_limit(held_out.model, particles, frame="poses")
     per_particle = scores.rmsd_per_particle
     q25, median, q75 = np.percentile(per_particle, [25, 50, 75])
     predicted = held_out.decode().mean(0)
@@ -299,7 +300,7 @@ def evaluate_path(held_out: cc.Result, learned: cc.Result, molecule: Molecule) -
     """Of particles on a morph: components against the true coordinate, and the ends of the path."""
     truth = held_out.particles.truth.coordinate.numpy()
     arrays, best_chain = chain_components(held_out, truth)
-    motions = cc.compute_pca(learned)
+    motions = cc.compute_pca(learned, frame="poses")
     to_reference, to_truth = distances_of_ends(motions, molecule)
     expected = expected_path_coordinate(molecule, held_out.particles)
     scores = {
@@ -320,7 +321,7 @@ def chain_components(held_out: cc.Result, truth: np.ndarray) -> tuple[dict, floa
         for kind in ("modes", "rigid"):
             if not present & set(KIND_GROUPS[kind]):
                 continue
-            motions = cc.compute_pca(held_out, chain, kind, n_components=2)
+            motions = cc.compute_pca(held_out, chain, kind, n_components=2, frame="poses")
             arrays[f"{kind}_{chain}"] = motions.scores
             arrays[f"{kind}_{chain}_share"] = motions.explained_variance_ratio
             arrays[f"{kind}_{chain}_path"] = motions.traverse(0, n=3).numpy()

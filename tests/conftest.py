@@ -35,7 +35,10 @@ def opened(pair) -> Structure:
 
 @pytest.fixture(scope="session")
 def structures_dir() -> Path:
-    """Folder with 6UO8 and 6UOA as mmCIF and 2CG9 as PDB files, named by CRYOCHAINS_STRUCTURES."""
+    """Folder named by CRYOCHAINS_STRUCTURES; without it the tests that need the files are skipped.
+
+    6UO8 and 6UOA as mmCIF, 2CG9 as 2cg9_chainA.pdb.gz and 2cg9_chainB.pdb.gz.
+    """
     folder = os.environ.get("CRYOCHAINS_STRUCTURES")
     if not folder or not Path(folder).is_dir():
         pytest.skip("CRYOCHAINS_STRUCTURES names no folder of structures")

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..inference import Result
+from ..inference import Result, frame_words, require_finite_latents
 from ..model import KINDS, Dynamics, Model, require_same_model
 
 # What people ask for: Fig. 3's two panels a chain, or everything.
@@ -16,18 +16,25 @@ KIND_GROUPS = {"modes": ("mode",), "rigid": ("rotation", "translation"), "all": 
 _MAX_PCA_PARTICLES = 200_000
 
 
-def latent_table(result: Result) -> pd.DataFrame:
+def latent_table(result: Result, frame: str | None = None) -> pd.DataFrame:
     """One row a particle, one column a latent, in units people read.
 
     Parameters
     ----------
     result : Result
+    frame : str, optional
+        "molecule", "poses" or a chain's id, as of ``Result.in_frame``. By default that of the
+        molecule, or the result's own where that is not the frame of the poses.
 
     Returns
     -------
     pandas.DataFrame
-        α and shifts in Å, turns in degrees, by the particles' ids. Where error bars are known there
-        is a column "±" for each latent.
+        α and shifts in Å, turns in degrees, by the particles' ids. In another frame than that of
+        the poses also by how much the pose is corrected, "pose turn (°)" and, of a result with its
+        particles, "pose shift (Å)". Where error bars are known there is a column "±" for each. At
+        the end, where it is known, what each image has of its own (see `Result`): "brightness" over
+        the model's, "noise (grey levels)", "misfit (χ² per pixel)" and "responsibility", the
+        probability that it shows the molecule.
 
     Examples
     --------
@@ -36,13 +43,45 @@ def latent_table(result: Result) -> pd.DataFrame:
     >>> list(latent_table(Result(model, torch.zeros(2, 12))).columns[:4])
     ['A turn x (°)', 'A turn y (°)', 'A turn z (°)', 'A shift x (Å)']
     """
+    result = result.in_frame(frame)
     names, units = latent_names(result.model.dynamics)
     table = pd.DataFrame(result.latents.numpy() * units, columns=names, index=result.ids)
-    if result.std is None:
-        return table
-    error_names = [f"± {name}" for name in names]
-    errors = pd.DataFrame(result.std.numpy() * units, columns=error_names, index=result.ids)
-    return pd.concat([table, errors], axis=1)
+    errors = None
+    if result.std is not None:
+        errors = pd.DataFrame(result.std.numpy() * units, columns=names, index=result.ids)
+    if result.frame != "poses":
+        correction = result.pose_correction
+        table = table.assign(**pose_columns(correction.angles, correction.distances))
+        if errors is not None:
+            of_pose = pose_columns(correction.angle_std, correction.distance_std)
+            errors = errors.assign(**of_pose)
+    if errors is not None:
+        table = pd.concat([table, errors.add_prefix("± ")], axis=1)
+    return table.assign(**image_columns(result))
+
+
+def image_columns(result: Result) -> dict[str, np.ndarray]:
+    """(N,) columns of what is known of each image; NaN where an image could not be used."""
+    scale = result.scale
+    # One brightness for all that no population has was not measured.
+    measured = result.population is not None or bool((scale != scale[:1]).any())
+    columns = {
+        "brightness": scale if measured else None,
+        "noise (grey levels)": result.noise,
+        "misfit (χ² per pixel)": result.misfit,
+        "responsibility": result.responsibility,
+    }
+    return {name: values.numpy() for name, values in columns.items() if values is not None}
+
+
+def pose_columns(angles: np.ndarray | None, distances: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What is known of them, of (N,) radians and (N,) Å."""
+    columns = {}
+    if angles is not None:
+        columns["pose turn (°)"] = np.degrees(angles)
+    if distances is not None:
+        columns["pose shift (Å)"] = distances
+    return columns
 
 
 def latent_names(dynamics: Dynamics) -> tuple[list[str], np.ndarray]:
@@ -76,9 +115,9 @@ class PrincipalMotions:
     Attributes
     ----------
     result : Result
-        Whose particles the components were computed from.
+        Whose particles the components were computed from, in the frame of the components.
     label : str
-        Such as "chain B, rigid".
+        Such as "chain B, rigid, frame of the molecule".
     mean : (p,) array
         Mean latents of the particles.
     components : (k, p) array
@@ -101,13 +140,19 @@ class PrincipalMotions:
         """Whose latents the components are made of."""
         return self.result.model
 
+    @property
+    def shown_scores(self) -> np.ndarray:
+        """(n, k) `scores` of the particles that show the molecule: junk is left out."""
+        return self.scores[self.result.shows_molecule]
+
     def transform(self, other: Result | Tensor) -> np.ndarray:
         """(n, k) scores in Å of other particles or conformations.
 
         Parameters
         ----------
         other : Result or (n, p) tensor
-            Such as a result of held-out particles, or what `traverse` returns.
+            Such as a result of held-out particles, which is brought into this frame; or latents in
+            this frame, such as `traverse` returns.
 
         Raises
         ------
@@ -118,7 +163,7 @@ class PrincipalMotions:
         if isinstance(other, Result):
             if other.model is not self.model:
                 require_same_model(self.model, other.model.fingerprint, "a result")
-            values = other.latents
+            values = other.in_frame(self.result.frame).latents
         else:
             values = torch.as_tensor(other).detach().cpu()
         if values.ndim != 2 or values.shape[1] != self.model.n_latents:
@@ -152,7 +197,7 @@ class PrincipalMotions:
                 f"expected a component from 0 to {len(self.components) - 1}, got {component}; "
                 "try 0, which is PC1, or compute_pca with more n_components"
             )
-        low, high = np.percentile(self.scores[:, component], percentiles)
+        low, high = np.percentile(self.shown_scores[:, component], percentiles)
         path = self.mean + np.linspace(low, high, n)[:, None] * self.components[component]
         return torch.from_numpy(path).float()
 
@@ -162,9 +207,16 @@ class PrincipalMotions:
 
 
 def compute_pca(
-    result: Result, chain: str | None = None, kind: str = "all", n_components: int = 5
+    result: Result,
+    chain: str | None = None,
+    kind: str = "all",
+    n_components: int = 5,
+    frame: str | None = None,
 ) -> PrincipalMotions:
     """Principal motions of the particles, of one chain or all, of one kind of motion or all.
+
+    Particles that do not show the molecule (``result.shows_molecule``) have scores, but the
+    components are not computed from them.
 
     Parameters
     ----------
@@ -174,6 +226,11 @@ def compute_pca(
     kind : {"all", "modes", "rigid"}
         α alone, R|t alone (rotations as rotation vectors), or both: the panels of Fig. 3.
     n_components : int
+    frame : str, optional
+        "molecule", "poses" or a chain's id, as of ``Result.in_frame``. By default that of the
+        molecule, where a turn or shift that all chains share is no motion; or the result's own
+        where that is not the frame of the poses. Models whose chains do not both turn and shift
+        have the frame of the poses alone.
 
     Returns
     -------
@@ -182,7 +239,7 @@ def compute_pca(
     Raises
     ------
     ValueError
-        For an unknown chain or kind, or when nothing is left to analyse.
+        For an unknown chain, kind or frame, or when nothing is left to analyse.
 
     Examples
     --------
@@ -194,29 +251,32 @@ def compute_pca(
     """
     from sklearn.decomposition import PCA  # takes longer to import than the rest of this package
 
-    wanted = _chosen_latents(result.model.dynamics, chain, kind)
-    _require_finite_latents(result.latents)
+    result = result.in_frame(frame)
+    wanted = _chosen_latents(result, chain, kind)
+    require_finite_latents(result.latents)
     if n_components < 1:
         raise ValueError(f"expected one component or more, got {n_components}; try 5")
-    n_components = min(n_components, int(wanted.sum()), len(result))
-    if n_components < 1 or len(result) < 2:
+    shown = np.flatnonzero(result.shows_molecule)
+    n_components = min(n_components, int(wanted.sum()), len(shown))
+    if n_components < 1 or len(shown) < 2:
         raise ValueError(
-            f"expected at least two particles and one {kind} latent, got {len(result)} particles "
-            f"and {wanted.sum()} latents; try more particles or kind='all'"
+            f"expected at least two particles and one {kind} latent, got {len(shown)} particles "
+            f"and {wanted.sum()} latents; try more particles, kind='all' or another chain"
         )
     # A view: the latents of a million particles are not copied.
     values = result.latents.numpy()
     # Of a million particles every fifth tells the components as well.
-    step = -(-len(values) // _MAX_PCA_PARTICLES)
-    pca = PCA(n_components, random_state=0).fit(values[::step, wanted].astype(np.float64))
+    chosen = shown[:: -(-len(shown) // _MAX_PCA_PARTICLES)]
+    pca = PCA(n_components, random_state=0).fit(values[chosen][:, wanted].astype(np.float64))
     components = np.zeros((n_components, len(wanted)))
     components[:, wanted] = pca.components_
-    mean = values.mean(0, dtype=np.float64)
+    of_shown = result.shows_molecule[:, None]
+    mean = values.mean(0, dtype=np.float64, where=of_shown)
     of_chain = "all chains" if chain is None else f"chain {chain}"
     of_kind = "α and R|t" if kind == "all" else kind
     return PrincipalMotions(
         result,
-        f"{of_chain}, {of_kind}",
+        f"{of_chain}, {of_kind}, {frame_words(result.frame)}",
         mean,
         components,
         pca.explained_variance_ratio_,
@@ -224,8 +284,9 @@ def compute_pca(
     )
 
 
-def _chosen_latents(dynamics: Dynamics, chain: str | None, kind: str) -> np.ndarray:
-    """(p,) mask of the latents of a chain (None for all) and kind."""
+def _chosen_latents(result: Result, chain: str | None, kind: str) -> np.ndarray:
+    """(p,) mask of the latents of a chain (None for all) and kind, that can differ in its frame."""
+    dynamics = result.model.dynamics
     ids = dynamics.structure.chain_ids
     if chain is not None and chain not in ids:
         raise ValueError(
@@ -237,18 +298,10 @@ def _chosen_latents(dynamics: Dynamics, chain: str | None, kind: str) -> np.ndar
     wanted = np.isin(dynamics.latent_kind, KIND_GROUPS[kind])
     if chain is not None:
         wanted &= dynamics.latent_chain == ids.index(chain)
+    if result.frame not in ("poses", "molecule"):
+        still = dynamics.latent_chain == ids.index(result.frame)
+        wanted &= ~still | (dynamics.latent_kind == "mode")
     return wanted
-
-
-def _require_finite_latents(latents: Tensor) -> None:
-    # Sums of the columns hold every NaN, and need no copy of a million rows.
-    if torch.isfinite(latents.sum(0)).all():
-        return
-    n_bad = int((~torch.isfinite(latents)).any(1).sum())
-    raise ValueError(
-        f"expected finite latents, got NaN or Inf in {n_bad:,} of {len(latents):,} particles; "
-        "try result[torch.isfinite(result.latents).all(1)]"
-    )
 
 
 def _projected(values: np.ndarray, mean: np.ndarray, components: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ Symbols: z → `latents`; C, the posterior covariance of z; D = ∂X/∂z, so th
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from .._files import atomic_path
 from ..images import positions
 from ..inference import Result, posterior_covariance
 from ..model import Dynamics
-from .motions import PrincipalMotions
+from .motions import PrincipalMotions, image_columns, pose_columns
 
 
 def point_density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -49,8 +50,11 @@ def particle_columns(result: Result, others: pd.DataFrame | None = None) -> pd.D
     Parameters
     ----------
     result : Result
-        Its error bars give "uncertainty (Å)", RMS over the atoms; its particles, with a CTF,
-        "defocus (µm)", and from a file its columns, such as rlnRandomSubset, unless all are equal.
+        Its error bars give "uncertainty (Å)", RMS over the atoms; its images what each of them has
+        of its own, "brightness", "noise (grey levels)", "misfit (χ² per pixel)" and
+        "responsibility"; another frame than that of the poses by how much those are corrected,
+        "pose turn (°)" and "pose shift (Å)"; its particles, with a CTF, "defocus (µm)", and from a
+        file its columns, such as rlnRandomSubset. What is the same for all is left out.
     others : DataFrame, optional
         More columns of numbers, in the particles' order (the index is not read).
 
@@ -71,6 +75,8 @@ def particle_columns(result: Result, others: pd.DataFrame | None = None) -> pd.D
     columns: dict[str, np.ndarray] = {}
     if result.std is not None:
         columns["uncertainty (Å)"] = _rms_uncertainty(result.model.dynamics, result.std)
+    own = image_columns(result) | _pose_change(result)
+    columns |= {name: column for name, column in own.items() if not _is_constant(column)}
     particles = result.particles
     if particles is not None:
         if particles.ctf is not None:
@@ -82,6 +88,20 @@ def particle_columns(result: Result, others: pd.DataFrame | None = None) -> pd.D
     if others is not None:
         columns |= _checked_columns(others, len(result))
     return pd.DataFrame(columns)
+
+
+def _pose_change(result: Result) -> dict[str, np.ndarray]:
+    if result.frame == "poses":
+        return {}
+    # Error bars, which are not asked for, would take five times as long as all else.
+    plain = replace(result.in_frame("poses"), std=None).in_frame(result.frame)
+    correction = plain.pose_correction
+    return pose_columns(correction.angles, correction.distances)
+
+
+def _is_constant(column: np.ndarray) -> bool:
+    known = column[~np.isnan(column)]
+    return not len(known) or bool((known == known[0]).all())
 
 
 def _rms_uncertainty(dynamics: Dynamics, std: Tensor) -> np.ndarray:
@@ -138,10 +158,10 @@ def atom_uncertainty(dynamics: Dynamics, latents: Tensor, covariance: Tensor) ->
 
 
 def average_covariance(result: Result, n: int = 32) -> Tensor:
-    """(p, p) posterior covariance of the latents of a typical particle.
+    """(p, p) posterior covariance of the latents of a typical particle, in the result's frame.
 
     Of a refined result with its particles, the mean of `n` particles'; else of the error bars
-    alone, as if latents were independent.
+    alone, as if latents were independent. Particles that do not show the molecule are left out.
 
     Raises
     ------
@@ -157,19 +177,22 @@ def average_covariance(result: Result, n: int = 32) -> Tensor:
     tensor([[0.2500, 0.0000],
             [0.0000, 0.2500]])
     """
+    shown = np.flatnonzero(result.shows_molecule)
+    shown = shown if len(shown) else np.arange(len(result))
     if result.population is not None and result.particles is not None:
-        rows = np.unique(np.linspace(0, len(result) - 1, n).astype(int))
+        rows = shown[np.unique(np.linspace(0, len(shown) - 1, n).astype(int))]
         return posterior_covariance(result, rows).mean(0).float().cpu()
     if result.std is None:
         raise ValueError(f"expected a result with error bars, got {result!r} without; try refine")
-    return result.std.square().mean(0).diag()
+    return result.std[shown].square().mean(0).diag()
 
 
 def component_errors(motions: PrincipalMotions, covariance: Tensor) -> np.ndarray:
     """(k,) Å, the error bar of a particle's score on each component: √(vᵀ C v).
 
-    `covariance` (p, p) is of the latents. A component along which particles spread by little more
-    than this is noise, as far as the images tell.
+    `covariance` (p, p) is of the latents of ``motions.result``, whose frame is that of the
+    components: ``average_covariance(motions.result)``. A component along which particles spread by
+    little more than this is noise, as far as the images tell.
     """
     directions = motions.components
     return np.sqrt(np.einsum("kp,pq,kq->k", directions, covariance.double().numpy(), directions))
@@ -208,7 +231,8 @@ def save_selection(
 ) -> Path:
     """Write the particles at `rows` of a result as selection-1.csv (or -2, …): row, id, scores.
 
-    Particles that came from files are also written as a .star of the same name, for RELION.
+    Particles that came from files are also written as a .star of the same name, for RELION, with
+    their given poses. Corrected ones ``result.in_frame().particles.save`` writes.
 
     Parameters
     ----------
@@ -241,7 +265,7 @@ def save_selection(
     table = pd.DataFrame(scores, columns=names)
     table.insert(0, "row", rows)
     table.insert(1, "id", motions.result.ids[rows])
-    particles = motions.result.particles
+    particles = motions.result.in_frame("poses").particles
     if particles is not None and particles.images.paths:
         particles[rows].save(path.with_suffix(".star"), images=False)
     with atomic_path(path) as part:

@@ -44,6 +44,8 @@ def motion_sentence(
 ) -> str:
     """One to three short sentences that say what a component does, as of `describe_motion`.
 
+    What is doubtful of the refinement is said first; where it is not to be trusted, only that.
+
     Parameters
     ----------
     motions : PrincipalMotions
@@ -66,5 +68,11 @@ def motion_sentence(
     >>> motion_sentence(compute_pca(Result(model, shifts)), percentiles=(0, 100))
     'PC1: chain B shifts 4.0 Å relative to chain A; 100 % of its motion is rigid.'
     """
+    name = f"PC{component + 1}"
+    verdict = motions.result.verdict
+    if verdict is not None and not verdict.trusted:
+        return f"{name}: not described, since the refinement is {verdict.grade}: {verdict.reasons}."
     table = describe_motion(motions, component, percentiles)
-    return f"PC{component + 1}: {change_sentence(table)}"
+    if verdict is not None and verdict.reasons:
+        return f"{name}: (doubtful: {verdict.reasons}) {change_sentence(table)}"
+    return f"{name}: {change_sentence(table)}"

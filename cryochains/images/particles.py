@@ -99,7 +99,7 @@ class ParticleStack:
     ctf : CTF, optional
         None: the images show the projection itself.
     ids : (n,) array of str or int, optional
-        RELION's image names, by default numbers from 1.
+        RELION's image names; by default the strings "000001", "000002" and so on.
     rows : (n,) int array, optional
         Row of each particle in the file it came from.
     truth : object, optional
@@ -326,6 +326,7 @@ class ParticleStack:
         seed: int | None = None,
         progress: str | None = None,
         images: bool = True,
+        require_finite: bool = True,
     ) -> Iterator[Batch]:
         """Read the particles a batch at a time; memory does not grow with their number.
 
@@ -340,6 +341,13 @@ class ParticleStack:
             Title of a progress bar; None shows none.
         images : bool
             False reads no image: ``batch.images`` is None.
+        require_finite : bool
+            False also gives images that hold NaN or Inf.
+
+        Raises
+        ------
+        ValueError
+            For a batch size below 1, or an image that holds NaN or Inf.
         """
         if batch_size < 1:
             raise ValueError(f"expected a batch size of 1 or more, got {batch_size}; try 64")
@@ -348,19 +356,22 @@ class ParticleStack:
         with tqdm(total=n, desc=progress, unit="particle", disable=progress is None) as bar:
             for start in range(0, n, batch_size):
                 rows = order[start : start + batch_size]
-                yield self._read_batch(rows, device, images)
+                batch = self._read_batch(rows, device)
+                if images:
+                    pixels = self.images[rows].read(require_finite)
+                    batch = replace(batch, images=pixels.to(device))
+                yield batch
                 bar.update(len(rows))
 
-    def _read_batch(
-        self, rows: np.ndarray, device: torch.device | str | None, images: bool
-    ) -> Batch:
+    def _read_batch(self, rows: np.ndarray, device: torch.device | str | None) -> Batch:
+        """Poses and CTFs, without images."""
         index = torch.from_numpy(rows)
         transfer = None
         if self.ctf is not None:
             transfer = self.ctf[index].evaluate(self.box_size, self.pixel_size, device)
         return Batch(
             rows=index.to(device),
-            images=self.read_images(rows).to(device) if images else None,
+            images=None,
             rotations=self.rotations[index].to(device),
             shifts=self.shifts[index].to(device),
             ctf=transfer,

@@ -174,8 +174,13 @@ class Images:
             and np.array_equal(self.slice_index, other.slice_index)
         )
 
-    def read(self) -> Tensor:
+    def read(self, require_finite: bool = True) -> Tensor:
         """(n, box, box) float32 tensor of the images.
+
+        Parameters
+        ----------
+        require_finite : bool
+            False also returns images that hold NaN or Inf.
 
         Raises
         ------
@@ -189,8 +194,9 @@ class Images:
             slices = self.slice_index[rows]
             images[rows] = stack.read(slices) if isinstance(stack, StackFile) else stack[slices]
         # A sum needs no memory for a mask, and is not finite when any pixel is not.
-        bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2), dtype=np.float64)))
-        if len(bad):
+        with np.errstate(invalid="ignore"):
+            bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2), dtype=np.float64)))
+        if require_finite and len(bad):
             raise ValueError(
                 f"expected finite pixels, got NaN or Inf in {self._describe(bad[0])}; "
                 "try leaving it out"

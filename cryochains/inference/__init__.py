@@ -1,8 +1,23 @@
-"""From images to latents: the refinement, the paper's encoder, and scores against a known truth."""
+"""From images to latents: the refinement, the paper's encoder, and scores against a known truth.
+
+- `identity`: whether particles, ids and latents belong together.
+- `frames`: conformation versus pose, latents and poses in another frame.
+- `likelihood`: images linearised around latents: normal equations, widths of atoms.
+- `image_model`: what an image has of its own: brightness, noise, whether it shows the molecule.
+- `result`: `Result`, the latents with error bars and all that gives them a meaning, in one file.
+- `posterior`: a particle's posterior, from its linearised image and the prior.
+- `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
+- `verdict`: what speaks against a refinement, without a truth.
+- `scores`: scores against a known truth, and the information limit.
+- `encoder`: the paper's network, image → latents, and `Encoder`, which `encode` uses.
+- `training`: `train_encoder`, by the images' mean squared error alone.
+"""
 
 from .encoder import Encoder, EncoderNetwork, encode, load_encoder
-from .identity import require_count, require_same_ids
-from .likelihood import NormalEquations, measure_contrast, normal_equations, position_variance
+from .frames import PoseCorrection, frame_words
+from .identity import require_count, require_finite_latents, require_same_ids
+from .image_model import measure_contrast
+from .likelihood import NormalEquations, normal_equations, position_variance
 from .refinement import refine
 from .result import Result, load_result, posterior_covariance
 from .scores import (
@@ -15,15 +30,20 @@ from .scores import (
     true_population,
 )
 from .training import train_encoder
+from .verdict import Finding, Verdict
 
 __all__ = [
     "Encoder",
     "EncoderNetwork",
+    "Finding",
     "NormalEquations",
+    "PoseCorrection",
     "Result",
     "Scores",
+    "Verdict",
     "correlation",
     "encode",
+    "frame_words",
     "information_limit",
     "load_encoder",
     "load_result",
@@ -33,6 +53,7 @@ __all__ = [
     "posterior_covariance",
     "refine",
     "require_count",
+    "require_finite_latents",
     "require_same_ids",
     "rmsd",
     "score",

@@ -323,7 +323,7 @@ def encode(
         encoder.model,
         latents,
         particles=particles,
-        contrast=encoder.contrast,
+        scale=torch.full((len(latents),), encoder.contrast),
         history=encoder.history,
         kind="encoded",
     )

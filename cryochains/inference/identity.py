@@ -33,6 +33,18 @@ def require_latents(latents: Tensor, n: int, model: Model, what: str) -> None:
         )
 
 
+def require_finite_latents(latents: Tensor) -> None:
+    """Raise ValueError when some particles' latents (N, p) are not finite."""
+    # Sums of the columns hold every NaN, and need no copy of a million rows.
+    if torch.isfinite(latents.sum(0)).all():
+        return
+    n_bad = int((~torch.isfinite(latents)).any(1).sum())
+    raise ValueError(
+        f"expected finite latents, got NaN or Inf in {n_bad:,} of {len(latents):,} particles; "
+        "try result[torch.isfinite(result.latents).all(1)]"
+    )
+
+
 def require_same_ids(expected: Iterable, got: Iterable, what: str) -> None:
     """Raise ValueError when two lists of particles' ids are not the same in the same order."""
     expected, got = list(expected), list(got)

@@ -1,24 +1,27 @@
-"""The images' likelihood, linearised: residual, analytic Jacobian and normal equations.
+"""The images' likelihood, linearised: analytic Jacobian, normal equations, powers on rings.
 
-Symbols: y → image, f(z) → contrast · `Model.render`, J = ∂f/∂z, H = JᵀJ → `hessian`,
-g = Jᵀ(y − f) → `gradient`.
+Symbols: y → image, f(z) → `Model.render` at brightness 1, J = ∂f/∂z, a → brightness of a particle.
+The equations hold for every a: with H = JᵀJ → `hessian`, Jᵀy → `data_slope`, Jᵀf → `model_slope`,
+
+    ‖y − a f(z + δ)‖² ≈ ‖y‖² − 2a ⟨y, f⟩ + a² ⟨f, f⟩ − 2 (a Jᵀy − a² Jᵀf)ᵀ δ + a² δᵀ H δ
 
 Everything is summed in Fourier space (Parseval), so the CTF costs one product and no inverse
-transform. The mean of an image is left out: particle extraction normalises it away.
+transform, and noise that is not white is divided by its amplitude at each frequency. The mean of an
+image is left out: particle extraction normalises it away.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..images import ParticleStack, filter_images, gaussian_transfer
-from ..model import Dynamics, Microscope, Model
+from ..images import gaussian_transfer
+from ..model import Dynamics, Microscope, Model, Population
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
@@ -32,31 +35,63 @@ MAX_ATOM_SIGMA = 4.0
 # Pixels of a blurred image, in widths of a blurred atom: at its Nyquist frequency 10⁻⁵ of an atom
 # is left.
 _COARSE_PIXEL = 0.65
-# Å. Where atoms are not at their reference positions, sharp images look dimmer than they are.
-_REFERENCE_BLUR = 8.0
 
 
 @dataclass(frozen=True, eq=False)
 class NormalEquations:
-    """Of b particles, not yet divided by the noise variance.
+    """Of b particles at brightness 1, not yet divided by the noise variance.
+
+    Powers are summed over rings of frequencies one Fourier pixel wide, R = box // 2 + 1 of them;
+    the last one also holds the corners.
 
     Attributes
     ----------
     hessian : (b, p, p) tensor
-    gradient : (b, p) tensor
-    residual : (b,) tensor
-        ‖y − f‖².
-    overlap : (b,) tensor
+    data_slope : (b, p) tensor
+        Jᵀy.
+    model_slope : (b, p) tensor
+        Jᵀf.
+    data_power : (b, R) tensor
+        ‖y‖² on each ring.
+    overlap : (b, R) tensor
         ⟨y, f⟩.
-    power : (b,) tensor
+    model_power : (b, R) tensor
         ⟨f, f⟩.
+    sampled_power : (b, R) tensor or None
+        ‖y − a (f + J δ)‖² at the steps that `normal_equations` was given.
     """
 
     hessian: Tensor
-    gradient: Tensor
-    residual: Tensor
+    data_slope: Tensor
+    model_slope: Tensor
+    data_power: Tensor
     overlap: Tensor
-    power: Tensor
+    model_power: Tensor
+    sampled_power: Tensor | None = None
+
+    def known(self) -> list[str]:
+        """Names of the tensors that are not None."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def __getitem__(self, rows) -> "NormalEquations":
+        return replace(self, **{name: getattr(self, name)[rows] for name in self.known()})
+
+    def gradient(self, scale: Tensor | float = 1.0) -> Tensor:
+        """(b, p) a Jᵀ(y − a f) at brightnesses (b,)."""
+        a = torch.as_tensor(scale).to(self.hessian).reshape(-1, 1)
+        return a * self.data_slope - a.square() * self.model_slope
+
+    def residual(self, scale: Tensor | float = 1.0) -> Tensor:
+        """(b,) ‖y − a f‖² at brightnesses (b,)."""
+        a = torch.as_tensor(scale).to(self.hessian)
+        powers = (self.data_power, self.overlap, self.model_power)
+        data, overlap, model = (rings.double().sum(1) for rings in powers)
+        return (data - 2 * a * overlap + a.square() * model).to(self.hessian)
+
+
+# Of some particles, by their slice of the batch: steps (b, p) from the linearised equations, and
+# brightnesses (b,).
+Sampler = Callable[[slice, NormalEquations], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +106,39 @@ class _FrequencyBand:
         Root of how often each rfft2 coefficient counts; 0 for the mean.
     low_pass : (box, box//2 + 1) tensor
         The blur's transfer function.
+    ring : (box, box//2 + 1) int64 tensor
+        Which ring a coefficient is on.
+    n_rings : int
     """
 
     box_size: int
     weights: Tensor
     low_pass: Tensor
+    ring: Tensor
+    n_rings: int
 
-    @property
+    @cached_property
+    def ring_pixels(self) -> Tensor:
+        """(R,) float64: ‖white noise‖² on a ring divided by it is the variance of the noise."""
+        squares = (self.weights * self.low_pass).double().square().flatten()
+        return squares.new_zeros(self.n_rings).index_add_(0, self.ring.flatten(), squares)
+
+    @cached_property
     def n_pixels(self) -> float:
-        """Sum of the squared filter: ‖noise‖² divided by it is the variance of the noise."""
-        return float((self.weights * self.low_pass).square().sum())
+        """`ring_pixels` of all rings."""
+        return float(self.ring_pixels.sum())
+
+    @cached_property
+    def n_independent(self) -> float:
+        """So many independent pixels tell a variance as exactly as those of a blurred image do."""
+        fourth = (self.weights.double() * self.low_pass.double().square()).square()
+        return self.n_pixels**2 / float(fourth.sum())
+
+    def sum_rings(self, products: Tensor) -> Tensor:
+        """(b, R) sums over rings of (b, box·(box + 2)) products of real parts."""
+        of_parts = self.ring.flatten().repeat_interleave(2)
+        sums = products.new_zeros(len(products), self.n_rings)
+        return sums.index_add_(1, of_parts, products)
 
 
 def frequency_band(microscope: Microscope, blur: float = 0.0) -> _FrequencyBand:
@@ -102,11 +160,17 @@ def frequency_band(microscope: Microscope, blur: float = 0.0) -> _FrequencyBand:
     low_pass = torch.ones_like(weights)
     if blur:
         whole = gaussian_transfer(full, microscope.pixel_size, blur, microscope.device)
-        low_pass = _crop_spectrum(whole, box)
-    return _FrequencyBand(box, weights.sqrt(), low_pass)
+        low_pass = crop_spectrum(whole, box)
+    n_rings = full // 2 + 1
+    radius = torch.hypot(
+        torch.fft.fftfreq(box, 1 / box, device=microscope.device)[:, None],
+        torch.fft.rfftfreq(box, 1 / box, device=microscope.device),
+    )
+    ring = radius.round().long().clamp_(max=n_rings - 1)
+    return _FrequencyBand(box, weights.sqrt(), low_pass, ring, n_rings)
 
 
-def _crop_spectrum(spectrum: Tensor, box: int) -> Tensor:
+def crop_spectrum(spectrum: Tensor, box: int) -> Tensor:
     """The low frequencies of (…, full, full//2 + 1): (…, box, box//2 + 1)."""
     if box == spectrum.shape[-2]:
         return spectrum
@@ -123,9 +187,10 @@ def normal_equations(
     pose: tuple,
     latents: Tensor,
     *,
-    contrast: float = 1.0,
+    noise_spectrum: Tensor | None = None,
     blur: float = 0.0,
     variance: Tensor | None = None,
+    sampler: Sampler | None = None,
 ) -> NormalEquations:
     """Linearise the images of b particles at `latents` (b, p).
 
@@ -138,8 +203,9 @@ def normal_equations(
     pose : (rotations, shifts, ctf)
         Of the particles (see `Microscope.render`).
     latents : (b, p) tensor
-    contrast : float
-        Brightness of the images over the model's.
+    noise_spectrum : (R,) or (b, R) tensor, optional
+        Variance of the noise on each ring of frequencies, relative to the mean over all pixels;
+        None for white noise.
     blur : float
         Å. Images and model are compared after a Gaussian blur: less information, but no local
         minimum within it.
@@ -147,6 +213,9 @@ def normal_equations(
         Å², of every atom's position on the image (see `position_variance`). An uncertain atom is
         drawn as wide as that, which is the image expected of it: a loose end that cannot be seen
         then neither follows noise nor hides what could be seen.
+    sampler : function, optional
+        Gives steps of the latents, and brightnesses, at which `NormalEquations.sampled_power` is
+        computed; see `Sampler`.
 
     Returns
     -------
@@ -168,19 +237,47 @@ def normal_equations(
             None if images is None else images[rows],
             tuple(None if part is None else part[rows] for part in pose),
             latents[rows],
-            contrast,
+            band.weights * _whitening(band, noise_spectrum, rows),
             band,
             width,
+            None if sampler is None else partial(sampler, rows),
         )
 
     parts = map_blocks(linearise, blocks, latents.device)
+
+    return join_equations(parts)
+
+
+def join_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
+    """The equations of all particles, from those of blocks of them."""
+    names = parts[0].known()
     return NormalEquations(
-        torch.cat([part.hessian for part in parts]),
-        torch.cat([part.gradient for part in parts]),
-        torch.cat([part.residual for part in parts]),
-        torch.cat([part.overlap for part in parts]),
-        torch.cat([part.power for part in parts]),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     )
+
+
+def information_of(
+    equations: NormalEquations, scale: Tensor, noise_std: Tensor, population: Population
+) -> Tensor:
+    """(b, p, p) float64 what images say of the latents, where brightness is not known either.
+
+    From equations of the model's own images, brightnesses and noise (b,). The Fisher information of
+    latents and log brightness, from which the brightness is taken out: what could be either tells
+    less of the latents.
+    """
+    weight = (scale.double() / noise_std.double()).square()
+    slope = weight[:, None] * equations.model_slope.double()
+    of_scale = weight * equations.model_power.double().sum(1) + 1 / population.contrast_spread**2
+    lost = slope.unsqueeze(2) * slope.unsqueeze(1) / of_scale[:, None, None]
+    return weight[:, None, None] * equations.hessian.double() - lost
+
+
+def _whitening(band: _FrequencyBand, noise_spectrum: Tensor | None, rows: slice) -> Tensor | float:
+    """(box, box//2 + 1), or one a particle: what divides noise by its amplitude."""
+    if noise_spectrum is None:
+        return 1.0
+    of_rows = noise_spectrum if noise_spectrum.ndim == 1 else noise_spectrum[rows]
+    return of_rows.rsqrt()[..., band.ring].to(band.weights.dtype)
 
 
 def _linearise_block(
@@ -188,19 +285,20 @@ def _linearise_block(
     images: Tensor | None,
     pose: tuple,
     latents: Tensor,
-    contrast: float,
+    weights: Tensor,
     band: _FrequencyBand,
     width: float | Tensor,
+    sampler: Callable[[NormalEquations], tuple[Tensor, Tensor]] | None,
 ) -> NormalEquations:
     """Normal equations of so few particles that their Jacobian fits the working memory."""
     microscope, dynamics, box = model.microscope, model.dynamics, band.box_size
     rotations, shifts, ctf = pose
     # The same integral sampled by fewer, larger pixels.
-    transfer = contrast * (model.box_size / box) * band.weights
+    transfer = (model.box_size / box) * weights
     if ctf is not None:
-        transfer = transfer * _crop_spectrum(ctf, box)
+        transfer = transfer * crop_spectrum(ctf, box)
     positions = microscope.image_positions(dynamics.decode(latents), rotations, shifts)
-    spectrum = _real_parts(microscope.spectrum(positions, transfer, width, box))
+    spectrum = real_parts(microscope.spectrum(positions, transfer, width, box))
     jacobian = latents.new_empty(len(latents), model.n_latents, spectrum.shape[1])
     for chain, layout in enumerate(dynamics.chains):
         of_chain = width[:, layout.atoms] if isinstance(width, Tensor) else width
@@ -212,22 +310,29 @@ def _linearise_block(
             of_chain,
             box,
         )
-        jacobian[:, layout.latents] = _real_parts(steps)
+        jacobian[:, layout.latents] = real_parts(steps)
     data = spectrum
     if images is not None:
-        observed = _crop_spectrum(torch.fft.rfft2(images, norm="ortho"), box)
-        data = _real_parts(observed * (band.weights * band.low_pass))
-    residual = data - spectrum
-    return NormalEquations(
+        observed = crop_spectrum(torch.fft.rfft2(images, norm="ortho"), box)
+        data = real_parts(observed * (weights * band.low_pass))
+    slopes = jacobian @ torch.stack([data, spectrum], dim=-1)
+    equations = NormalEquations(
         torch.bmm(jacobian, jacobian.transpose(1, 2)),
-        (jacobian @ residual.unsqueeze(-1)).squeeze(-1),
-        residual.square().sum(1),
-        (data * spectrum).sum(1),
-        spectrum.square().sum(1),
+        slopes[..., 0],
+        slopes[..., 1],
+        band.sum_rings(data.square()),
+        band.sum_rings(data * spectrum),
+        band.sum_rings(spectrum.square()),
     )
+    if sampler is None:
+        return equations
+    step, scale = sampler(equations)
+    moved = spectrum + (step.unsqueeze(1) @ jacobian).squeeze(1)
+    sampled = band.sum_rings((data - scale.unsqueeze(1) * moved).square())
+    return replace(equations, sampled_power=sampled)
 
 
-def _real_parts(spectrum: Tensor) -> Tensor:
+def real_parts(spectrum: Tensor) -> Tensor:
     """Complex (…, box, box//2 + 1) → real (…, box·(box + 2)): real and imaginary side by side."""
     return torch.view_as_real(spectrum).flatten(-3)
 
@@ -247,42 +352,6 @@ def position_variance(
         squares = ((of_chain @ steps) * steps).sum(1)
         parts.append(squares.view(len(latents), -1, 2).mean(-1))
     return torch.cat(parts, dim=1).clamp(0, MAX_ATOM_SIGMA**2)
-
-
-@torch.no_grad()
-def measure_contrast(model: Model, particles: ParticleStack, n: int = 500) -> float:
-    """Brightness of the images over the reference's projections, by regression on up to `n`.
-
-    Raises
-    ------
-    ValueError
-        When the regression is negative: the images are protein-dark.
-    """
-    microscope = model.microscope
-    step = -(-len(particles) // n)
-    low_pass = gaussian_transfer(
-        model.box_size, model.pixel_size, _REFERENCE_BLUR, microscope.device
-    )
-    overlap = 0.0
-    power = 0.0
-    for batch in particles[::step].batches(64, device=microscope.device):
-        coords = model.dynamics.reference.expand(len(batch), -1, -1)
-        expected = microscope.render(coords, *batch.pose, blur=_REFERENCE_BLUR)
-        expected = expected - expected.mean(dim=(-2, -1), keepdim=True)
-        overlap += float((filter_images(batch.images, low_pass) * expected).sum())
-        power += float((expected * expected).sum())
-    require_bright_protein(overlap)
-    return overlap / power
-
-
-def require_bright_protein(overlap: float) -> None:
-    """Raise ValueError when images are the negative of the model."""
-    if overlap <= 0:
-        raise ValueError(
-            "expected protein-bright images, got images that look like the negative of the "
-            "reference; try load_particles(…, invert=True), and check that the poses belong to "
-            "this structure"
-        )
 
 
 def map_blocks(

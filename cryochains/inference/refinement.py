@@ -1,26 +1,33 @@
 """Every particle's latents by maximum a posteriori, under a population learned by EM.
 
-Symbols: z → `latents`, μ, Σ → `Population.mean`, `covariance`, σ → `noise_std`. For every particle
+Symbols: z → `latents`, μ, Σ → `Population.mean`, `covariance`, a = e^b → `scale`, the brightness of
+a particle, σ_i² → `noise_variance`, r → `responsibility`, the probability that a particle shows the
+molecule at its pose. For every particle
 
-    ½ ‖y − f(z)‖²/σ² + ½ (z − μ)ᵀ Σ⁻¹ (z − μ)
+    ½ ‖y − a f(z)‖²/σ_i² + ½ (z − μ)ᵀ Σ⁻¹ (z − μ) + ½ (b − m)²/τ²
 
 is minimised by Levenberg–Marquardt with the analytic Jacobian, coarse to fine. After each pass over
-the images, EM re-estimates μ, Σ and σ from all particles on the stored normal equations, which
-needs no image:
+the images, EM re-estimates μ, Σ, m, τ and the noise from all particles on the stored normal
+equations, which needs no image:
 
-    C_i = (H_i/σ² + Σ⁻¹)⁻¹,  μ = mean z_i,  Σ = mean[(z_i − μ)(z_i − μ)ᵀ + C_i]
+    C_i = (a² H_i/σ_i² + Σ⁻¹)⁻¹,  μ = mean z_i,  Σ = mean[(z_i − μ)(z_i − μ)ᵀ + C_i]
 
-(e.g. Bishop, PRML, section 9.4). Σ is shrunk towards the elastic network's own prior (variance of
-α_k ∝ 1/λ_k), which decides when particles are few.
+where a particle counts r_i in a mean (e.g. Bishop, PRML, section 9.4), with b as one more latent; Σ
+is shrunk towards the elastic network's own prior (variance of α_k ∝ 1/λ_k), which decides when
+particles are few. What an image has of its own is in `image_model`.
 
-A pass is four steps, each a function from one `_State` to the next: `_linearise` (reads the
-images), `_rescale`, `_learn_population` (EM) and `_propose` (the next latents).
+A pass is three steps, each a function from one `_State` to the next: `_linearise` (reads the
+images), `_learn` (EM) and `_propose` (the next latents).
 """
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +39,7 @@ from .._files import content_digest, load_tensors, save_tensors
 from ..images import ParticleStack
 from ..model import (
     ElasticPrior,
+    Microscope,
     Model,
     Population,
     elastic_prior,
@@ -40,15 +48,19 @@ from ..model import (
     require_same_model,
     shrink_covariance,
 )
+from . import image_model
 from .identity import require_latents, require_same_ids
+from .image_model import MODEL_ERROR, FirstLook
 from .likelihood import (
+    NormalEquations,
+    Sampler,
     frequency_band,
+    join_equations,
     map_blocks,
-    measure_contrast,
     normal_equations,
     position_variance,
-    require_bright_protein,
 )
+from .posterior import LatentPrior, latent_prior, solve_particles
 from .result import Result
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
@@ -62,11 +74,16 @@ _CONVERGED = 0.1
 _EM_STEPS = 10
 _LAST_EM_STEPS = 20
 _EM_TOLERANCE = 3e-3
-# Of the signal: the model's images are not thought right to better than this, or clear images would
-# be overfitted.
-_MODEL_ERROR = 0.3
-# Å. At this blur and above the brightness is measured: there a misplaced atom hardly lowers it.
-_MIN_CONTRAST_BLUR = 4.0
+# EM steps where the population is given: for what a particle has of its own.
+_OWN_STEPS = 3
+# Log brightness changes by no more in a step.
+_MAX_SCALE_STEP = 0.5
+# Of a ring's pixels, left by the blur: on rings with fewer the noise is not measured.
+_MIN_RING_SHARE = 0.01
+# Standard deviations (as a MAD tells) beyond the median distance from the population's mean at
+# which a particle is thought to be stuck, and the blurs (Å) of its second start.
+_STUCK_DEVIATIONS = 6.0
+_RESTART_BLURS = (4.0, 0.0, 0.0)
 # Particles whose normal equations are solved at a time.
 _SOLVE_BLOCK = 64
 _CHECKPOINT_KIND = "refinement checkpoint"
@@ -122,7 +139,13 @@ def refine(
     ------
     ValueError
         When the particles do not fit the model, the population, start or checkpoint is of another
-        model, or an image holds NaN.
+        model, or the images are the negative of the reference or show nothing of it.
+
+    Warns
+    -----
+    UserWarning
+        Of images that are constant or hold NaN or Inf, which are left out: with responsibility 0,
+        and the population's mean and spread for latents and error bars.
 
     Examples
     --------
@@ -141,34 +164,102 @@ def refine(
     first = _checked_start(model, particles, population, start, blurs)
     n = len(particles)
     model = model.to(choose_device(device))
-    latents = torch.zeros(n, model.n_latents)
-    std = torch.zeros(n, model.n_latents)
+    answer = _ParticleAnswers.empty(n, model.n_latents)
     history: tuple[dict, ...] = ()
+    left_out: list[np.ndarray] = []
+    broken: list[np.ndarray] = []
     for number, rows in enumerate(_blocks(n, population is None, n_population, seed)):
-        run = _Run(
-            model=model,
-            particles=particles[rows],
-            start=None if first is None else first[rows],
-            population=population,
-            blurs=blurs,
-            batch_size=batch_size,
-            checkpoint=_block_path(checkpoint, number),
-        )
-        state = _run_passes(run, progress)
-        latents[rows] = state.proposal.cpu()
-        std[rows] = state.std.cpu()
-        if population is None:
-            population = _learned_population(model, state)
-        history = history or state.history
+        look = image_model.look_first(model, particles[rows], batch_size)
+        image_model.require_visible(look, population is None)
+        usable = look.usable.numpy()
+        left_out.append(rows[~usable])
+        broken.append(rows[~look.finite.numpy()])
+        state = None
+        if usable.any():
+            run = _Run(
+                model=model,
+                particles=particles[rows[usable]],
+                look=look,
+                start=None if first is None else first[rows[usable]],
+                population=population,
+                blurs=blurs,
+                batch_size=batch_size,
+                checkpoint=_block_path(checkpoint, number),
+            )
+            state = _run_passes(run, progress)
+            if population is None:
+                population = _learned_population(model, state)
+            state = _restart_stuck(run, state, population)
+            history = history or state.history
+        answer.fill(rows, usable, state, population)
+    _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
     return Result(
         model,
-        latents,
-        std,
+        answer.latents,
+        answer.std,
         population,
         particles,
+        scale=answer.scale,
+        noise=answer.noise,
+        misfit=answer.misfit,
+        responsibility=answer.responsibility,
         history=history,
         kind="refined",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _ParticleAnswers:
+    """What `refine` returns of each particle, filled block by block; fields as of `Result`."""
+
+    latents: Tensor
+    std: Tensor
+    scale: Tensor
+    noise: Tensor
+    misfit: Tensor
+    responsibility: Tensor
+
+    @classmethod
+    def empty(cls, n: int, n_latents: int) -> "_ParticleAnswers":
+        values = [torch.zeros(n) for _ in range(4)]
+        return cls(torch.zeros(n, n_latents), torch.zeros(n, n_latents), *values)
+
+    def fill(
+        self,
+        rows: np.ndarray,
+        usable: np.ndarray,
+        state: "_State | None",
+        population: Population | None,
+    ) -> None:
+        """Rows of one block; those that are not usable are known to be in the population."""
+        if population is None:
+            return
+        unusable = torch.from_numpy(rows[~usable])
+        self.latents[unusable] = population.mean.float()
+        self.std[unusable] = population.covariance.diagonal().sqrt().float()
+        self.scale[unusable] = population.contrast
+        self.noise[unusable] = torch.nan
+        self.misfit[unusable] = torch.nan
+        if state is None:
+            return
+        known = torch.from_numpy(rows[usable])
+        self.latents[known] = state.proposal.cpu()
+        self.std[known] = state.std.cpu()
+        self.scale[known] = state.log_scale.exp().cpu()
+        self.noise[known] = state.noise_variance.sqrt().cpu()
+        self.misfit[known] = state.misfit.cpu()
+        self.responsibility[known] = state.responsibility.cpu()
+
+
+def _warn_of(left_out: np.ndarray, broken: np.ndarray, ids: np.ndarray) -> None:
+    """One warning of the rows that were left out, and of those of them that are not finite."""
+    usable = torch.ones(len(ids), dtype=torch.bool)
+    finite = usable.clone()
+    usable[torch.from_numpy(left_out)] = False
+    finite[torch.from_numpy(broken)] = False
+    problem = image_model.describe_unusable(usable, finite, ids.tolist())
+    if problem is not None:
+        warnings.warn(problem, stacklevel=3)
 
 
 def _checked_start(
@@ -191,7 +282,11 @@ def _checked_start(
     if isinstance(start, Result):
         require_same_model(model, start.model.fingerprint, "a result to start from")
         require_same_ids(start.ids, particles.ids, "particles")
-        if start.particles_digest not in (None, particles.metadata_digest()):
+        digest = particles.metadata_digest()
+        if start.particles_digest != digest:
+            # Latents in another frame belong to corrected poses.
+            start = start.in_frame("poses")
+        if start.particles_digest not in (None, digest):
             raise ValueError(
                 "expected a result of these particles to start from, got one of others with the "
                 "same ids: their poses, CTFs, box or pixel size differ; try start=result.latents"
@@ -227,9 +322,13 @@ def _learned_population(model: Model, state: "_State") -> Population:
     return Population(
         state.mean.cpu(),
         state.covariance.cpu(),
-        _known(state.noise_std),
-        state.contrast,
-        model.fingerprint,
+        noise_std=state.noise_level**0.5,
+        contrast=math.exp(state.scale_mean),
+        fingerprint=model.fingerprint,
+        contrast_spread=state.scale_spread,
+        noise_pixels=state.noise_pixels,
+        noise_spectrum=state.noise_spectrum.cpu(),
+        junk_share=state.junk_share,
     )
 
 
@@ -242,7 +341,9 @@ class _Run:
     model : Model
         On the device that computes.
     particles : ParticleStack
-        The n particles, all of whose normal equations are held in memory at a time.
+        The n particles, all of whose normal equations are held in memory at a time; all usable.
+    look : FirstLook
+        Of these and of particles that are not usable.
     start : (n, p) tensor, optional
     population : Population, optional
         Given and not learned.
@@ -253,6 +354,7 @@ class _Run:
 
     model: Model
     particles: ParticleStack
+    look: FirstLook
     start: Tensor | None
     population: Population | None
     blurs: tuple[float, ...]
@@ -287,29 +389,57 @@ class _State:
         Latents that the images were last linearised at.
     std : (n, p) tensor
         Posterior standard deviations.
-    residual : (n,) tensor
-        ‖y − f‖² at `latents`.
+    log_scale : (n,) tensor
+    noise_variance : (n,) tensor
+    misfit : (n,) tensor
+        χ² per pixel where the molecule shows, under the noise that all particles share.
+    responsibility : (n,) tensor
+    evidence : (n,) float64 tensor
+        Log evidence of the molecule at its pose.
+    powers : (n, 3) float64 tensor
+        ‖y‖², ⟨y, f⟩ and ⟨f, f⟩ at `latents`; infinite ‖y‖² where there are none of the same noise
+        spectrum and blur.
     damping : (n,) tensor
         Of Levenberg–Marquardt; 0 for particles whose steps never made things worse.
     variance : (n, n_atoms) tensor
         Å², how uncertain each atom's position on the image is.
     mean, covariance : (p,) and (p, p) float64 tensors
-    noise_std : float or None
-        None before the first pass.
-    contrast : float
+    noise_spectrum : (R,) float64 tensor
+    scale_mean, scale_spread : float
+        m and τ.
+    noise_level : float
+        σ², what the particles' noise variances have in common; 0 before the first pass.
+    noise_pixels : float
+    spectrum_level : float
+        σ² that belongs to `noise_spectrum` on rings that were not measured yet.
+    junk_share : float
+    support : float
+        Log evidence that an image shows the molecule at its pose, over that it shows something
+        else of the same power: of the middle particle.
     history : tuple of dict
     """
 
     proposal: Tensor
     latents: Tensor
     std: Tensor
-    residual: Tensor
+    log_scale: Tensor
+    noise_variance: Tensor
+    misfit: Tensor
+    responsibility: Tensor
+    evidence: Tensor
+    powers: Tensor
     damping: Tensor
     variance: Tensor
     mean: Tensor
     covariance: Tensor
-    noise_std: float | None
-    contrast: float
+    noise_spectrum: Tensor
+    scale_mean: float
+    scale_spread: float
+    noise_level: float = 0.0
+    noise_pixels: float = 0.0
+    spectrum_level: float = 0.0
+    junk_share: float = 0.02
+    support: float = 0.0
     history: tuple[dict, ...] = ()
 
 
@@ -317,11 +447,28 @@ _STATE_TENSORS = (
     "proposal",
     "latents",
     "std",
-    "residual",
+    "log_scale",
+    "noise_variance",
+    "misfit",
+    "responsibility",
+    "evidence",
+    "powers",
     "damping",
     "variance",
     "mean",
     "covariance",
+    "noise_spectrum",
+)
+# Of them, those that hold what is known of each particle in the end.
+_PARTICLE_TENSORS = _STATE_TENSORS[:8]
+_STATE_NUMBERS = (
+    "scale_mean",
+    "scale_spread",
+    "noise_level",
+    "noise_pixels",
+    "spectrum_level",
+    "junk_share",
+    "support",
 )
 
 
@@ -331,26 +478,26 @@ class _Linearisation:
 
     Attributes
     ----------
-    hessian : (n, p, p) tensor
-    right : (n, p) tensor
-        H z + g, so that the posterior mean solves (H/σ² + Σ⁻¹) z = right/σ² + Σ⁻¹ μ.
+    equations : NormalEquations
     moved : (n, p) tensor
         The step that led here.
-    n_pixels : float
-        Independent pixels of an image at this blur.
-    overlap, power : float
-        ⟨y, f⟩ and ⟨f, f⟩, summed over particles.
+    pixels : (R,) float64 tensor
+        Independent pixels on each ring of frequencies at this blur.
+    n_independent : float
+        So many independent pixels tell a variance as exactly.
     refused : int
         Particles that went back because their step made things worse.
     """
 
-    hessian: Tensor
-    right: Tensor
+    equations: NormalEquations
     moved: Tensor
-    n_pixels: float
-    overlap: float
-    power: float
+    pixels: Tensor
+    n_independent: float
     refused: int
+
+    @property
+    def n_pixels(self) -> float:
+        return float(self.pixels.sum())
 
 
 # The loop
@@ -392,20 +539,34 @@ def _one_pass(
     blur = run.blurs[min(number, len(run.blurs) - 1)]
     same_blur = number > 0 and blur == state.history[-1]["blur"]
     n_em_steps = _LAST_EM_STEPS if number >= len(run.blurs) - 1 else _EM_STEPS
-    state, equations = _linearise(run, state, blur, same_blur, update)
-    if run.population is None and blur >= _MIN_CONTRAST_BLUR:
-        state, equations = _rescale(state, equations)
-    state, means = _learn_population(run, constants, state, equations, n_em_steps)
+    following = run.blurs[min(number + 1, len(run.blurs) - 1)]
     width = float(np.hypot(run.model.microscope.width, blur))
-    state, step = _propose(constants, state, equations, means, same_blur, width)
-    state = replace(state, variance=_position_variances(run, state, equations.hessian))
+    draws = None
+    if run.population is None and following != blur:
+        n_pixels = frequency_band(run.model.microscope, blur).n_pixels
+        draws = _posterior_draws(constants, state, width, n_pixels)
+    state, linear = _linearise(run, state, blur, draws, update)
+    state, means = _learn(run, constants, state, linear, n_em_steps)
+    state, step = _propose(constants, state, linear, means, same_blur, width)
+    state = replace(state, variance=_position_variances(run, state, linear))
+    correlation = _correlation(state)
+    if following != blur:
+        state = _next_blur(run, state, linear)
+    shown = state.responsibility.double()
+    square = (step.square() * constants.atom_share).sum(1).double()
     record = {
         "blur": blur,
-        "step": float((step.square() * constants.atom_share).sum(1).mean().sqrt()),
-        "refused": equations.refused,
-        "noise_std": state.noise_std,
-        "contrast": state.contrast,
+        "step": float(((shown * square).sum() / shown.sum().clamp_min(1e-9)).sqrt()),
+        "refused": linear.refused,
+        "noise_std": state.noise_level**0.5,
+        "contrast": math.exp(state.scale_mean),
         "spread": float(state.covariance.diagonal().sum().sqrt()),
+        "junk": float(1 - shown.mean()),
+        "support": state.support,
+        "correlation": correlation,
+        "fading": image_model.fading(
+            linear.equations, state.responsibility, run.model.box_size * run.model.pixel_size
+        ),
     }
     return replace(state, history=(*state.history, record))
 
@@ -417,34 +578,51 @@ def _constants(model: Model) -> _Constants:
 
 
 def _first_state(run: _Run, constants: _Constants) -> _State:
-    """Before any image was seen; only the brightness is measured."""
+    """Before any conformation is known; only the brightnesses are measured."""
     model, device = run.model, run.model.device
     n, p = len(run.particles), model.n_latents
-    if run.population is None:
+    population = run.population
+    shared: dict = {
+        "noise_spectrum": run.look.noise_spectrum.to(device),
+        "spectrum_level": run.look.noise_level,
+    }
+    known = None
+    if population is None:
         covariance = constants.prior.variance.diag()
         mean = covariance.new_zeros(p)
-        noise_std = None
-        contrast = measure_contrast(model, run.particles)
     else:
-        covariance = run.population.covariance.to(device).double()
-        mean = run.population.mean.to(device).double()
-        noise_std = run.population.noise_std
-        contrast = run.population.contrast
+        covariance = population.covariance.to(device).double()
+        mean = population.mean.to(device).double()
+        known = (math.log(population.contrast), population.contrast_spread)
+        shared = {
+            "noise_level": population.noise_std**2,
+            "noise_pixels": population.noise_pixels,
+            "junk_share": population.junk_share,
+            "noise_spectrum": _spectrum_of(population, model.microscope).to(device),
+        }
+    log_scale, scale_mean, scale_spread = image_model.start_scales(run.look, known)
     if run.start is None:
         proposal = mean.float().expand(n, p).clone()
     else:
         proposal = run.start.to(device).float().clone()
+    zeros = torch.zeros(n, device=device)
     state = _State(
         proposal=proposal,
         latents=proposal,
         std=torch.zeros(n, p, device=device),
-        residual=torch.full((n,), torch.inf, device=device),
-        damping=torch.zeros(n, device=device),
+        log_scale=log_scale.to(device),
+        noise_variance=zeros + shared.get("noise_level", 0.0),
+        misfit=zeros,
+        responsibility=zeros + 1,
+        evidence=zeros.double(),
+        powers=torch.full((n, 3), torch.inf, dtype=torch.float64, device=device),
+        damping=zeros,
         variance=torch.zeros(n, model.structure.n_atoms, device=device),
         mean=mean,
         covariance=covariance,
-        noise_std=noise_std,
-        contrast=contrast,
+        scale_mean=scale_mean,
+        scale_spread=scale_spread,
+        **shared,
     )
     return replace(state, variance=_position_variances(run, state, None))
 
@@ -453,148 +631,342 @@ def _first_state(run: _Run, constants: _Constants) -> _State:
 
 
 def _linearise(
-    run: _Run, state: _State, blur: float, same_blur: bool, update: Callable[[int], object]
+    run: _Run,
+    state: _State,
+    blur: float,
+    draws: Callable[[Tensor, Tensor, Tensor], Sampler] | None,
+    update: Callable[[int], object],
 ) -> tuple[_State, _Linearisation]:
     """Look at every image at its proposed latents, and go back where that made things worse.
 
-    Whether it did is only known where the last pass looked at the same blur. `update` is called
-    with the number of particles that were done.
+    Whether it did is only known where the last pass looked at the same blur. `draws` is given where
+    the noise spectrum shall be learned; `update` is called with the number of particles that were
+    done.
     """
     n, p = state.proposal.shape
-    n_pixels = frequency_band(run.model.microscope, blur).n_pixels
-    objective = _objective(state) if same_blur else None
-    hessian = state.proposal.new_empty(n, p, p)
-    right = torch.empty_like(state.proposal)
+    band = frequency_band(run.model.microscope, blur)
+    objective = _objective(state)
+    generator = torch.Generator().manual_seed(len(state.history))
+    normal = torch.randn(n, p + 1, generator=generator).to(state.proposal)
     latents = torch.empty_like(state.proposal)
-    residual = torch.empty_like(state.residual)
+    powers = torch.empty_like(state.powers)
     damping = torch.empty_like(state.damping)
-    overlap = 0.0
-    power = 0.0
+    parts = []
     refused = 0
     for batch in run.particles.batches(run.batch_size, device=run.model.device):
         rows = batch.rows
         z = state.proposal[rows]
-        settings = {"contrast": state.contrast, "blur": blur}
+        look = partial(normal_equations, run.model, noise_spectrum=state.noise_spectrum, blur=blur)
         variance = state.variance[rows]
-        equations = normal_equations(
-            run.model, batch.images, batch.pose, z, variance=variance, **settings
+        equations = look(
+            batch.images,
+            batch.pose,
+            z,
+            variance=variance,
+            sampler=None if draws is None else draws(rows, z, normal),
         )
-        # Of the whole proposal: brightness is measured before any step is taken back.
-        overlap += float(equations.overlap.double().sum())
-        power += float(equations.power.double().sum())
-        worse = torch.zeros(len(rows), dtype=torch.bool, device=z.device)
-        if objective is not None:
-            before = objective(state.residual[rows], state.latents[rows])
-            # A tenth of a nat is beyond the precision of a sum over all pixels.
-            worse = objective(equations.residual, z) > before + 0.1
+        noise = _trusted_noise(state, _powers(equations), rows, band.n_pixels)
+        before = objective(rows, state.powers[rows], state.latents[rows], noise)
+        # A tenth of a nat is beyond the precision of a sum over all pixels.
+        worse = objective(rows, _powers(equations), z, noise) > before + 0.1
         if worse.any():
             # Rare: look again from the last good latents, with a shorter step this time.
             z = torch.where(worse.unsqueeze(1), state.latents[rows], z)
-            again = normal_equations(
-                run.model,
+            again = look(
                 batch.images[worse],
                 tuple(None if part is None else part[worse] for part in batch.pose),
                 z[worse],
                 variance=variance[worse],
-                **settings,
+                sampler=None if draws is None else draws(rows[worse], z[worse], normal),
             )
-            for name in ("hessian", "gradient", "residual"):
+            for name in equations.known():
                 getattr(equations, name)[worse] = getattr(again, name)
             refused += int(worse.sum())
         longer, shorter = state.damping[rows] / 8, (8 * state.damping[rows]).clamp_min(1.0)
         damping[rows] = torch.where(worse, shorter, longer)
         latents[rows] = z
-        hessian[rows] = equations.hessian
-        residual[rows] = equations.residual
-        right[rows] = equations.gradient + (equations.hessian @ z.unsqueeze(-1)).squeeze(-1)
+        powers[rows] = _powers(equations)
+        parts.append(equations)
         update(len(rows))
-    noise_std = state.noise_std
-    if noise_std is None:
-        noise_std = float((residual.double().mean() / n_pixels).sqrt())
     moved = latents - state.latents
-    looked = replace(
-        state, latents=latents, residual=residual, damping=damping, noise_std=noise_std
+    looked = replace(state, latents=latents, powers=powers, damping=damping)
+    return looked, _Linearisation(
+        join_equations(parts), moved, band.ring_pixels, band.n_independent, refused
     )
-    return looked, _Linearisation(hessian, right, moved, n_pixels, overlap, power, refused)
 
 
-def _objective(state: _State) -> Callable[[Tensor, Tensor], Tensor]:
-    """Minus the log posterior of particles with a ‖y − f‖² (b,) at latents (b, p)."""
+def _powers(equations: NormalEquations) -> Tensor:
+    """(b, 3) float64 ‖y‖², ⟨y, f⟩ and ⟨f, f⟩."""
+    rings = (equations.data_power, equations.overlap, equations.model_power)
+    return torch.stack([power.double().sum(1) for power in rings], dim=1)
+
+
+def _correlation(state: _State) -> float:
+    """Of the middle particle's image with the model's."""
+    data, overlap, model = state.powers.unbind(1)
+    return float((overlap / (data * model).sqrt().clamp_min(1e-30)).median())
+
+
+def _misfit_of(powers: Tensor, scale: Tensor) -> Tensor:
+    """(b,) ‖y − a f‖²."""
+    data, overlap, model = powers.unbind(1)
+    scale = scale.double()
+    return data - 2 * scale * overlap + scale.square() * model
+
+
+def _trusted_noise(state: _State, powers: Tensor, rows: Tensor | slice, n_pixels: float) -> Tensor:
+    """(b,) σ_i², but no less than what an error of the model makes.
+
+    Before the first pass, all that the image and the model differ by.
+    """
+    scale = state.log_scale[rows].double().exp()
+    least = MODEL_ERROR**2 * scale.square() * powers[:, 2] / n_pixels
+    known = state.noise_variance[rows].double()
+    measured = _misfit_of(powers, scale) / n_pixels
+    return torch.where(known > 0, known, measured).maximum(least).clamp_min(1e-30)
+
+
+def _objective(state: _State) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Minus the log posterior of the particles at `rows`.
+
+    From powers (b, 3) at latents (b, p), and the variance of the noise (b,).
+    """
     precision = state.covariance.inverse()
-    noise_variance = _known(state.noise_std) ** 2
 
-    def objective(residual: Tensor, latents: Tensor) -> Tensor:
+    def objective(rows: Tensor, powers: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
         off = latents.double() - state.mean
-        distance = ((off @ precision) * off).sum(1).float()
-        return residual / (2 * noise_variance) + distance / 2
+        distance = ((off @ precision) * off).sum(1)
+        seen = powers.isfinite().all(1)
+        finite = torch.where(seen.unsqueeze(1), powers, torch.zeros_like(powers))
+        residual = _misfit_of(finite, state.log_scale[rows].exp())
+        return torch.where(seen, residual / (2 * noise) + distance / 2, torch.inf)
 
     return objective
 
 
-def _rescale(state: _State, equations: _Linearisation) -> tuple[_State, _Linearisation]:
-    """The brightness by regression of all images on the model's, and the equations under it."""
-    require_bright_protein(equations.overlap)
-    factor = equations.overlap / equations.power
-    # In place, since they are the bulk of the memory and of this pass alone.
-    equations.hessian.mul_(factor**2)
-    equations.right.mul_(factor)
-    return replace(state, contrast=state.contrast * factor), equations
+# EM on the stored equations
 
 
-def _learn_population(
-    run: _Run, constants: _Constants, state: _State, equations: _Linearisation, n_steps: int
+def _prior_of(state: _State) -> LatentPrior:
+    return latent_prior(state.mean, state.covariance, state.scale_mean, state.scale_spread)
+
+
+def _posterior_draws(
+    constants: _Constants, state: _State, width: float, n_pixels: float
+) -> Callable[[Tensor, Tensor, Tensor], Sampler]:
+    """A sampler for `normal_equations`: conformations and brightnesses as likely as not.
+
+    What is left of an image at such a one is noise, and nothing that is only not known yet.
+    `width` in Å is that of an atom: no step is longer.
+    """
+    prior = _prior_of(state)
+
+    def of_batch(batch_rows: Tensor, latents: Tensor, normal: Tensor) -> Sampler:
+        def sample(rows: slice, equations: NormalEquations) -> tuple[Tensor, Tensor]:
+            chosen = batch_rows[rows]
+            z = latents[rows]
+            log_scale = state.log_scale[chosen]
+            variance = _trusted_noise(state, _powers(equations), chosen, n_pixels)
+            posterior = solve_particles(
+                equations,
+                z,
+                log_scale,
+                variance,
+                torch.zeros_like(log_scale),
+                prior,
+                n_pixels,
+            )
+            factor = torch.linalg.cholesky(posterior.covariance)
+            off = (factor @ normal[chosen].double().unsqueeze(-1)).squeeze(-1)
+            step = posterior.step[:, :-1]
+            drawn = (_no_longer_than(width, step, constants) + off[:, :-1]).to(z)
+            moved = (posterior.step[:, -1] + off[:, -1]).clamp(-_MAX_SCALE_STEP, _MAX_SCALE_STEP)
+            return drawn, (log_scale + moved.to(log_scale)).exp()
+
+        return sample
+
+    return of_batch
+
+
+def _learn(
+    run: _Run, constants: _Constants, state: _State, linear: _Linearisation, n_steps: int
 ) -> tuple[_State, Tensor]:
-    """EM on the stored equations: μ, Σ and σ, unless they are given, and the posterior means."""
-    residual = float(state.residual.double().sum())
-    signal = float(np.sqrt(equations.power / (len(state.latents) * equations.n_pixels)))
-    for _ in range(1 if run.population is not None else n_steps):
+    """EM on the stored equations: what particles have of their own, and share unless it is given.
+
+    Returns the state and the posterior means (n, p).
+    """
+    learns = run.population is None
+    trace = torch.zeros_like(state.evidence)
+    outlier = image_model.outlier_evidence(
+        linear.equations.data_power,
+        linear.equations.model_power,
+        linear.pixels,
+        math.exp(state.scale_mean),
+    )
+    first = state.responsibility
+    for number in range(n_steps if learns else _OWN_STEPS):
         before = state
-        means, std, covariance_sum, trace = _expectation(state, equations)
-        state = replace(state, std=std)
-        if run.population is None:
-            total = residual + trace * _known(state.noise_std) ** 2
-            estimate = float(np.sqrt(total / (len(means) * equations.n_pixels)))
+        state = _learn_noise(state, linear, trace, learns)
+        state, means, covariance_sum, trace, scale_variance = _expectation(state, linear)
+        difference = state.evidence - outlier
+        r = image_model.responsibilities(difference, state.junk_share, learns).to(first)
+        shown = difference[r > 0.5] if (r > 0.5).any() else difference
+        state = replace(state, responsibility=r, support=float(shown.median()))
+        if learns:
             state = _maximisation(constants.prior, state, means, covariance_sum)
-            state = replace(state, noise_std=max(estimate, _MODEL_ERROR * signal))
-        if _change(before, state) < _EM_TOLERANCE:
+            scale_mean, scale_spread = image_model.learn_scales(
+                state.log_scale,
+                scale_variance,
+                state.responsibility,
+                state.scale_mean,
+                state.scale_spread,
+            )
+            state = replace(
+                state,
+                scale_mean=scale_mean,
+                scale_spread=scale_spread,
+                junk_share=image_model.learn_junk_share(state.responsibility),
+            )
+        if number > 0 and _change(before, state) < _EM_TOLERANCE:
             break
-    return state, means
+    return replace(state, misfit=_misfit(state, linear)), means
 
 
-def _expectation(state: _State, equations: _Linearisation) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Of every particle the posterior mean and standard deviations; Σ C_i and Σ tr(C_i H_i)/σ²."""
+def _learn_noise(state: _State, linear: _Linearisation, trace: Tensor, learns: bool) -> _State:
+    """The noise of every particle, and what they have in common."""
+    scale = state.log_scale.exp()
+    residual = _misfit_of(state.powers, scale).clamp_min(0)
+    measured = (residual + trace * state.noise_variance.double()) / linear.n_pixels
+    measured = measured.clamp_min(1e-30)
+    level, pixels = state.noise_level, state.noise_pixels
+    if learns:
+        level, pixels = image_model.learn_noise(
+            measured, state.responsibility, linear.n_independent
+        )
+    # In units of pixels that count: those of a blurred image are not independent.
+    own = linear.n_independent
+    variance = level + own / (pixels + own) * (measured - level)
+    return replace(
+        state,
+        noise_variance=variance.to(state.log_scale),
+        noise_level=level,
+        noise_pixels=pixels,
+    )
+
+
+def _expectation(
+    state: _State, linear: _Linearisation
+) -> tuple[_State, Tensor, Tensor, Tensor, Tensor]:
+    """Of every particle the posterior.
+
+    Returns the state with error bars, brightnesses and evidence, the posterior means (n, p),
+    Σ r_i C_i, the traces (n,) and the variances of log brightness (n,).
+    """
     n, p = state.latents.shape
-    precision = state.covariance.inverse()
-    noise_variance = _known(state.noise_std) ** 2
+    prior = _prior_of(state)
     means = torch.empty_like(state.latents)
     std = torch.empty_like(state.latents)
+    log_scale = torch.empty_like(state.log_scale)
+    scale_variance = torch.empty_like(state.evidence)
+    evidence = torch.empty_like(state.evidence)
+    trace = torch.empty_like(state.evidence)
 
-    def solve(rows: slice) -> tuple[Tensor, float]:
-        information = equations.hessian[rows].double() / noise_variance
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(information + precision))
-        right = equations.right[rows].double() / noise_variance + precision @ state.mean
-        z = (covariance @ right.unsqueeze(-1)).squeeze(-1)
-        damping = state.damping[rows].double()
-        if damping.any():
-            ridge = damping[:, None, None] * torch.eye(p).to(right)
-            right = right + damping[:, None] * state.latents[rows].double()
-            z = torch.linalg.solve(information + precision + ridge, right)
-        means[rows] = z.float()
-        std[rows] = covariance.diagonal(dim1=1, dim2=2).sqrt().float()
-        return covariance.sum(0), float((covariance * information).sum())
+    def solve(rows: slice) -> Tensor:
+        noise = _trusted_noise(state, state.powers[rows], rows, linear.n_pixels)
+        posterior = solve_particles(
+            linear.equations[rows],
+            state.latents[rows],
+            state.log_scale[rows],
+            noise,
+            state.damping[rows],
+            prior,
+            linear.n_pixels,
+        )
+        means[rows] = state.latents[rows] + posterior.step[:, :p].to(means)
+        moved = posterior.step[:, p].clamp(-_MAX_SCALE_STEP, _MAX_SCALE_STEP)
+        log_scale[rows] = state.log_scale[rows] + moved.to(log_scale)
+        variances = posterior.covariance.diagonal(dim1=1, dim2=2)
+        std[rows] = variances[:, :p].sqrt().to(std)
+        scale_variance[rows] = variances[:, p]
+        evidence[rows] = posterior.evidence
+        trace[rows] = posterior.trace * noise / state.noise_variance[rows].double()
+        weights = state.responsibility[rows].double()
+        return (weights[:, None, None] * posterior.covariance[:, :p, :p]).sum(0)
 
     parts = map_blocks(solve, _slices(n), means.device)
-    covariance_sum = torch.stack([covariance for covariance, _ in parts]).sum(0)
-    return means, std, covariance_sum, sum(trace for _, trace in parts)
+    covariance_sum = torch.stack(parts).sum(0)
+    state = replace(state, std=std, log_scale=log_scale, evidence=evidence)
+    return state, means, covariance_sum, trace, scale_variance
+
+
+def _misfit(state: _State, linear: _Linearisation) -> Tensor:
+    """(n,) χ² per pixel on the rings where the molecule shows, under the shared noise."""
+    equations = linear.equations
+    scale = state.log_scale.double().exp().unsqueeze(1)
+    residual = (
+        equations.data_power.double()
+        - 2 * scale * equations.overlap.double()
+        + scale.square() * equations.model_power.double()
+    )
+    power = equations.model_power.double().mean(0)
+    shows = power / linear.pixels.clamp_min(1e-9) > 0.1 * power.sum() / linear.n_pixels
+    shows &= linear.pixels > 0
+    pixels = linear.pixels[shows].sum()
+    chi = residual[:, shows].sum(1) / (pixels * state.noise_variance.double())
+    return chi.to(state.log_scale)
+
+
+def _next_blur(run: _Run, state: _State, linear: _Linearisation) -> _State:
+    """The noise spectrum learned anew, before the images are looked at with another blur.
+
+    Only then, since objectives under different spectra cannot be compared.
+    """
+    unknown = torch.full_like(state.powers, torch.inf)
+    sampled = linear.equations.sampled_power
+    if sampled is None:
+        return replace(state, powers=unknown)
+    weight = (state.responsibility / state.noise_variance).double().unsqueeze(1)
+    n_shown = state.responsibility.double().sum().clamp_min(1e-9)
+    full = frequency_band(run.model.microscope).ring_pixels
+    measured = linear.pixels > _MIN_RING_SHARE * full
+    scale = state.log_scale.double().exp().unsqueeze(1)
+    signal = scale.square() * linear.equations.model_power.double()
+
+    def level_of(powers: Tensor) -> Tensor:
+        """Of each ring, for a particle with the common noise level."""
+        mean = (weight * powers.double()).sum(0) / (n_shown * linear.pixels.clamp_min(1e-9))
+        # The images were divided by the present spectrum.
+        return state.noise_level * mean * state.noise_spectrum
+
+    before = state.spectrum_level * state.noise_spectrum
+    level = torch.where(measured, level_of(sampled), before)
+    power = torch.where(measured, level_of(signal), torch.zeros_like(before))
+    spectrum, mean = image_model.normalised_spectrum(level * full, power * full, full)
+    # Noise is relative to the spectrum: each particle keeps its own on the rings that were seen.
+    ratio = mean / state.noise_level
+    return replace(
+        state,
+        noise_spectrum=spectrum,
+        spectrum_level=mean,
+        noise_level=mean,
+        noise_variance=state.noise_variance * ratio,
+        powers=unknown,
+    )
 
 
 def _maximisation(
     prior: ElasticPrior, state: _State, means: Tensor, covariance_sum: Tensor
 ) -> _State:
-    """Mean and covariance of all particles, within what the prior thinks possible."""
-    mean = means.double().mean(0).clamp(-prior.limit, prior.limit)
+    """Mean and covariance of all particles, within what the prior thinks possible.
+
+    Particles count as much as they show the molecule.
+    """
+    weights = state.responsibility.double().unsqueeze(1)
+    n_shown = float(weights.sum().clamp_min(1e-9))
+    mean = ((weights * means).sum(0) / n_shown).clamp(-prior.limit, prior.limit)
     off = means.double() - mean
-    covariance = shrink_covariance(off.T @ off + covariance_sum, len(means), prior)
+    scatter = (weights * off).T @ off + covariance_sum
+    covariance = shrink_covariance(scatter, n_shown, prior)
     narrower = (prior.limit / covariance.diagonal().sqrt()).clamp(max=1.0)
     covariance = narrower[:, None] * covariance * narrower
     return replace(state, mean=mean, covariance=covariance)
@@ -610,7 +982,7 @@ def _change(before: _State, after: _State) -> float:
 def _propose(
     constants: _Constants,
     state: _State,
-    equations: _Linearisation,
+    linear: _Linearisation,
     means: Tensor,
     same_blur: bool,
     width: float,
@@ -622,19 +994,24 @@ def _propose(
     step = means - state.latents
     if same_blur:
         # A step that turns back on the last one is too long: the secant says by how much.
-        moved = equations.moved
+        moved = linear.moved
         back = (step * moved).sum(1) / moved.square().sum(1).clamp_min(1e-9)
         step = step / (1 - back.clamp(max=0)).unsqueeze(1)
     # Gaussians overlap with where they were as long as they move by less than their width.
-    length = (step.square() * constants.atom_share).sum(1).sqrt()
-    step = step * (width / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
+    step = _no_longer_than(width, step, constants)
     return replace(state, proposal=state.latents + step), step
 
 
-def _position_variances(run: _Run, state: _State, hessian: Tensor | None) -> Tensor:
+def _no_longer_than(width: float, step: Tensor, constants: _Constants) -> Tensor:
+    """(n, p) steps shortened to `width` Å, RMS over the molecule."""
+    length = (step.square() * constants.atom_share).sum(1).sqrt()
+    return step * (width / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
+
+
+def _position_variances(run: _Run, state: _State, linear: _Linearisation | None) -> Tensor:
     """(n, n_atoms) how uncertain every atom's position is, from what is known of each particle.
 
-    Before any image was seen, where there is no `hessian`, from the prior.
+    Before any image was seen, where there is no `linear`, from the prior.
     """
     model = run.model
     precision = state.covariance.inverse().float()
@@ -642,8 +1019,10 @@ def _position_variances(run: _Run, state: _State, hessian: Tensor | None) -> Ten
 
     def fill(rows: slice) -> None:
         information = precision.expand(rows.stop - rows.start, -1, -1)
-        if hessian is not None:
-            information = hessian[rows] / _known(state.noise_std) ** 2 + precision
+        if linear is not None:
+            noise = _trusted_noise(state, state.powers[rows], rows, linear.n_pixels)
+            weight = (state.log_scale[rows].double().exp().square() / noise).float()
+            information = weight[:, None, None] * linear.equations.hessian[rows] + precision
         covariance = torch.linalg.inv(information)
         rotations = run.particles.rotations[rows].to(precision)
         variance[rows] = position_variance(
@@ -658,12 +1037,49 @@ def _slices(n: int) -> list[slice]:
     return [slice(start, min(start + _SOLVE_BLOCK, n)) for start in range(0, n, _SOLVE_BLOCK)]
 
 
-def _known(noise_std: float | None) -> float:
-    if noise_std is None:
-        raise ValueError(
-            "expected noise that was measured, got none before the first pass; try linearise first"
-        )
-    return noise_std
+def _spectrum_of(population: Population, microscope: Microscope) -> Tensor:
+    """(R,) noise spectrum of a population; white where it has none."""
+    if population.noise_spectrum is None:
+        return torch.ones(microscope.box_size // 2 + 1, dtype=torch.float64)
+    return population.noise_spectrum.double()
+
+
+# Particles that are stuck
+
+
+def _restart_stuck(run: _Run, state: _State, population: Population) -> _State:
+    """A second start, from the population's mean, for particles that are far from all others.
+
+    The likelier of the two answers is kept.
+    """
+    prior = _prior_of(state)
+    off = state.proposal.double() - prior.mean
+    distance = ((off @ prior.precision) * off).sum(1)
+    middle = distance.median()
+    deviation = (distance - middle).abs().median().clamp_min(1e-9)
+    stuck = (distance > middle + _STUCK_DEVIATIONS * deviation).nonzero().squeeze(1)
+    if not len(stuck) or run.start is not None:
+        return state
+    rows = stuck.cpu().numpy()
+    usable = run.look.usable.nonzero().squeeze(1)
+    kept = torch.zeros_like(run.look.usable)
+    kept[usable[rows]] = True
+    again = replace(
+        run,
+        particles=run.particles[rows],
+        look=replace(run.look, usable=kept),
+        population=population,
+        blurs=_RESTART_BLURS,
+        checkpoint=None,
+    )
+    other = _run_passes(again, progress=False)
+    better = other.evidence > state.evidence[stuck] + 1
+    answer = {}
+    for name in _PARTICLE_TENSORS:
+        values = getattr(state, name).clone()
+        values[stuck[better]] = getattr(other, name)[better]
+        answer[name] = values
+    return replace(state, **answer)
 
 
 # Checkpoints
@@ -674,7 +1090,7 @@ def _identity(run: _Run) -> str:
     population = run.population
     given: tuple = ()
     if population is not None:
-        given = (population.mean, population.covariance, population.noise_std, population.contrast)
+        given = (population.mean, population.covariance, str(population.description()))
     start = -1 if run.start is None else run.start
     return content_digest(run.particles.digest(), run.blurs, start, *given)
 
@@ -685,8 +1101,7 @@ def _save_checkpoint(run: _Run, identity: str, state: _State) -> None:
     tensors = {name: getattr(state, name) for name in _STATE_TENSORS}
     meta = {
         "kind": _CHECKPOINT_KIND,
-        "noise_std": state.noise_std,
-        "contrast": state.contrast,
+        "numbers": {name: getattr(state, name) for name in _STATE_NUMBERS},
         "history": state.history,
         "fingerprint": run.model.fingerprint,
         "identity": identity,
@@ -705,9 +1120,9 @@ def _load_checkpoint(run: _Run, identity: str) -> _State | None:
             f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
             f"and blurs, got another run's in {run.checkpoint}; try another checkpoint path"
         )
+    known: dict[str, Any] = {name: tensors[name].to(run.model.device) for name in _STATE_TENSORS}
     return _State(
-        **{name: tensors[name].to(run.model.device) for name in _STATE_TENSORS},
-        noise_std=meta["noise_std"],
-        contrast=meta["contrast"],
+        **known,
+        **meta["numbers"],
         history=tuple(meta["history"]),
     )

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,54 @@ from ..images import ParticleStack, load_particles, plain_ids, positions
 from ..model import (
     Model,
     Population,
+    frame_jacobian,
+    in_frame,
     pack_model,
     require_population,
     require_same_images,
     unpack_model,
 )
-from .identity import require_count, require_same_ids, select_by_id
-from .likelihood import normal_equations, position_variance
+from .frames import (
+    MOLECULE,
+    POSES,
+    PoseCorrection,
+    chosen_frame,
+    corrected_particles,
+    frame_words,
+    pose_correction,
+    std_in_frame,
+)
+from .identity import (
+    require_count,
+    require_finite_latents,
+    require_same_ids,
+    select_by_id,
+)
+from .likelihood import information_of, normal_equations, position_variance
+from .verdict import Verdict, judge
 
 RESULT_KIND = "result"
+# Particles whose conformations the verdict looks at.
+_JUDGED = 2000
+# What is known of each particle besides its latents.
+_COLUMNS = ("scale", "noise", "misfit", "responsibility")
 _ANSWER_KINDS = ("refined", "encoded", "given")
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """The result in the frame of the given poses, and what was made of it in another frame."""
+
+    result: "Result"
+    latents: Tensor
+    std: Tensor | None
+    particles: ParticleStack | None
+
+    def made(self, other: "Result") -> bool:
+        """Whether the other's latents, error bars and particles are these."""
+        pairs = ((self.latents, other.latents), (self.std, other.std))
+        same = all(_same_tensor(one, another) for one, another in pairs)
+        return same and self.particles is other.particles
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,13 +84,20 @@ class Result:
     std : (N, p) tensor, optional
         Posterior standard deviations; None where they are not known, as of an encoder.
     population : Population, optional
-        What all particles share, as the refinement learned it.
+        What all particles share, as the refinement learned it: always in the frame of the poses.
     particles : ParticleStack, optional
-        The particles, in the same order.
+        The particles, in the same order, with the poses of this frame.
     ids : (N,) array, optional
         Strings or integers. By default those of the particles, else numbers from 1.
-    contrast : float, optional
-        Brightness of the images over the model's; by default the population's, else 1.
+    scale : (N,) tensor, optional
+        Brightness of each image over the model's; by default the population's, else 1.
+    noise : (N,) tensor, optional
+        Standard deviation of the noise in each image, in grey levels.
+    misfit : (N,) tensor, optional
+        χ² per pixel, at the frequencies at which the molecule shows: about 1 where the model says
+        all that is in an image, more where the image shows something else as well.
+    responsibility : (N,) tensor, optional
+        Probability that the image shows the molecule at its pose; see `shows_molecule`.
     history : sequence of dict
         One record a pass over the images.
     kind : {"refined", "encoded", "given"}
@@ -59,6 +105,8 @@ class Result:
     particles_digest : str, optional
         Hash of the particles' ids, poses and CTFs. A result keeps it, so that other particles with
         the same ids are refused where it is saved, opened or changed by `dataclasses.replace`.
+    frame : str
+        "poses", the frame of the given poses. Other frames are made by `in_frame`.
 
     Notes
     -----
@@ -87,10 +135,16 @@ class Result:
     particles: ParticleStack | None = None
     # None only while a result is made: numbers from 1, or the particles' own.
     ids: Any = None
-    contrast: Any = None
+    scale: Any = None
+    noise: Tensor | None = None
+    misfit: Tensor | None = None
+    responsibility: Tensor | None = None
     history: Sequence[Mapping] = ()
     kind: str = "given"
     particles_digest: str | None = None
+    frame: str = POSES
+    # None in the frame of the poses.
+    _given: _Given | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _ANSWER_KINDS:
@@ -118,26 +172,47 @@ class Result:
             "latents": latents,
             "std": std,
             "ids": ids,
-            "contrast": self._checked_contrast(),
+            **self._checked_columns(len(latents)),
             "particles_digest": self._checked_digest(),
             "history": tuple(dict(record) for record in self.history),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        self._check_frame()
 
-    def _checked_contrast(self) -> float:
-        if self.population is None:
-            contrast = 1.0 if self.contrast is None else float(self.contrast)
-        else:
-            contrast = self.population.contrast
-            if self.contrast is not None and not math.isclose(self.contrast, contrast):
-                raise ValueError(
-                    f"expected the population's contrast {contrast:g}, got {self.contrast:g}; "
-                    "try leaving it out"
-                )
-        if not 0 < contrast < math.inf:
-            raise ValueError(f"expected a positive contrast, got {contrast:g}; try leaving it out")
-        return contrast
+    def _check_frame(self) -> None:
+        given = self._given
+        if (self.frame == POSES) != (given is None) or (given and not given.made(self)):
+            raise ValueError(
+                f"expected what in_frame({self.frame!r}) gives, got other latents, error bars or "
+                "particles; try to change those of result.in_frame('poses')"
+            )
+
+    def _checked_columns(self, n: int) -> dict[str, Tensor | None]:
+        """Scale, noise, misfit and responsibility: (N,) each, or None."""
+        columns: dict[str, Tensor | None] = {}
+        for name in _COLUMNS:
+            values = getattr(self, name)
+            if name == "scale" and values is None:
+                values = torch.full((n,), self._contrast())
+            if values is not None:
+                values = _plain(values)
+                if values.shape != (n,):
+                    raise ValueError(
+                        f"expected {name} ({n},), one number a particle, got "
+                        f"{tuple(values.shape)}; try {name}=None"
+                    )
+            columns[name] = values
+        scale = columns["scale"]
+        if scale is not None and not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError(
+                "expected positive scales, got some that are zero, negative or not finite; "
+                "try scale=None"
+            )
+        return columns
+
+    def _contrast(self) -> float:
+        return 1.0 if self.population is None else self.population.contrast
 
     def _checked_digest(self) -> str | None:
         if self.particles is None:
@@ -169,33 +244,150 @@ class Result:
 
     def __getitem__(self, rows) -> "Result":
         rows = positions(rows, len(self))
+        latents = self.latents[rows]
+        std = None if self.std is None else self.std[rows]
+        particles = None if self.particles is None else self.particles[rows]
+        given = self._given
         return replace(
             self,
-            latents=self.latents[rows],
-            std=None if self.std is None else self.std[rows],
-            particles=None if self.particles is None else self.particles[rows],
+            latents=latents,
+            std=std,
+            **{name: values[rows] for name, values in self._columns().items()},
+            particles=particles,
             ids=self.ids[rows],
             particles_digest=None,
+            _given=None if given is None else _Given(given.result[rows], latents, std, particles),
         )
+
+    def _columns(self) -> dict[str, Any]:
+        """Those of scale, noise, misfit and responsibility that are known."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return {name: values for name, values in columns.items() if values is not None}
+
+    @property
+    def shows_molecule(self) -> np.ndarray:
+        """(N,) bool: particles that more likely than not show the molecule at their pose.
+
+        All of them where that was not asked of the images. The others are kept, and left out of
+        principal motions.
+        """
+        if self.responsibility is None:
+            return np.ones(len(self), dtype=bool)
+        return (self.responsibility > 0.5).numpy()
 
     @torch.no_grad()
     def decode(self, rows=slice(None)) -> Tensor:
         """(n, n_atoms, 3) coordinates in Å of the particles at `rows`, by default of all."""
         return self.model.decode(self.latents[positions(rows, len(self))])
 
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """Whether the refinement is to be trusted, and why; None for other results."""
+        if self.population is None or not self.history or "support" not in self.history[-1]:
+            return None
+        shown = np.flatnonzero(self.shows_molecule)
+        some = self[shown[:: max(1, -(-len(shown) // _JUDGED))]]
+        finite = some[some.latents.isfinite().all(1).numpy()]
+        junk = 1 - len(shown) / max(len(self), 1)
+        latents = finite.in_frame(None).latents
+        return judge(self.model.dynamics, self.population, self.history, latents, junk)
+
+    def in_frame(self, frame: str | None = MOLECULE) -> "Result":
+        """The same conformations in another frame, with particles whose poses are corrected for it.
+
+        A turn or shift that all chains share changes the pose and not the conformation. In the
+        frame of the poses it is among the latents, as an error of a pose is; in the others it is
+        taken out of them and put into ``particles.rotations`` and ``shifts``, so that images of
+        both are the same. ``result.in_frame().particles.save("x.star", images=False)`` writes the
+        corrected poses.
+
+        Parameters
+        ----------
+        frame : str, optional
+            - "molecule": every conformation superposed on the reference.
+            - A chain's id: that chain neither turns nor shifts.
+            - "poses": the result that this one was made of, as it was.
+            - None: this result's own frame; in place of "poses" it is "molecule", where chains turn
+              and shift and more can change than a pose.
+
+        Returns
+        -------
+        Result
+            Error bars are √diag(J diag(std²) Jᵀ), with J the derivative of the latents by the given
+            ones: correlations among those are neglected, and `posterior_covariance` has them. The
+            population is that of the poses' frame.
+
+        Raises
+        ------
+        ValueError
+            For an unknown frame, latents that are not finite, or when chains do not both turn and
+            shift in this model.
+
+        Examples
+        --------
+        >>> from cryochains import Model, load_structure
+        >>> model = Model(load_structure("glua3-closed"), modes=None, box_size=32, pixel_size=5.0)
+        >>> result = Result(model, torch.tensor([[0.0, 0, 0, 3, 0, 0, 0, 0, 0, 3, 0, 0]]))
+        >>> seen = result.in_frame()  # both chains shift by 3 Å: nothing moves in the molecule
+        >>> seen
+        Result(1 particles, given, 12 latents of 'glua3-closed', frame of the molecule)
+        >>> bool(seen.latents.abs().max() < 1e-4), seen.in_frame("poses") is result
+        (True, True)
+        """
+        given = self if self._given is None else self._given.result
+        frame = chosen_frame(self.model, frame, self.frame)
+        if frame == self.frame:
+            return self
+        if frame == POSES:
+            return given
+        require_finite_latents(given.latents)
+        seen = in_frame(self.model.dynamics, given.latents, frame)
+        latents = seen.latents.float()
+        std = given.std
+        if std is not None:
+            std = std_in_frame(self.model, given.latents, std, frame)
+        particles = given.particles
+        if particles is not None:
+            particles = corrected_particles(particles, seen, self.model)
+        return replace(
+            given,
+            latents=latents,
+            std=std,
+            particles=particles,
+            particles_digest=None,
+            frame=frame,
+            _given=_Given(given, latents, std, particles),
+        )
+
+    @property
+    def pose_correction(self) -> PoseCorrection:
+        """By how much the given poses change in this result's frame, with error bars.
+
+        In the frame of the poses: by how much they would in that of the molecule.
+        """
+        given = self.in_frame(POSES)
+        require_finite_latents(given.latents)
+        frame = MOLECULE if self.frame == POSES else self.frame
+        return pose_correction(self.model, given.latents, given.std, given.particles, frame)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all, that opens without anything else.
 
         It holds the structure, its bodies and modes, but no images: it remembers the .star file
-        that they came from, see `load_result`.
+        that they came from, see `load_result`. In another frame, it holds the given latents and
+        poses, and the name of the frame.
         """
+        self.in_frame(POSES)._write(path, self.frame)
+
+    def _write(self, path: str | os.PathLike, frame: str) -> None:
         tensors, model_meta = pack_model(self.model)
         tensors |= {"latents": self.latents, "ids": pack_text(self.ids)}
+        tensors |= self._columns()
         meta: dict[str, Any] = {
             "kind": RESULT_KIND,
             "answer": self.kind,
+            "frame": frame,
             "model": model_meta,
-            "contrast": self.contrast,
             "history": list(self.history),
             "population": None,
             "source": None,
@@ -220,6 +412,14 @@ class Result:
         parts = [size, latents]
         if self.population is not None:
             parts.append(f"spread {float(self.population.covariance.trace()) ** 0.5:.2f} Å")
+        n_others = int((~self.shows_molecule).sum())
+        if n_others:
+            parts.append(f"{n_others:,} flagged as junk")
+        verdict = self.verdict
+        if verdict is not None and verdict.grade != "good":
+            parts.append(verdict.grade)
+        if self.frame != POSES:
+            parts.append(frame_words(self.frame))
         return f"Result({', '.join(parts)})"
 
 
@@ -230,9 +430,10 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     ----------
     path : path
     particles : ParticleStack, optional
-        The particles of the result, in any order, possibly among others: they are found by id. By
-        default they are opened from the .star file they came from, where it still is: first beside
-        the result's file as it was, then at its absolute path.
+        The particles of the result, in any order, possibly among others: they are found by id, and
+        have the given poses, whatever the frame of the result. By default they are opened from the
+        .star file they came from, where it still is: first beside the result's file as it was, then
+        at its absolute path.
 
     Returns
     -------
@@ -257,6 +458,7 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     try:
         result = _unpack_result(tensors, meta)
         source = meta["source"]
+        frame = meta["frame"]
         digests = (meta["digest"], meta["images"])
         rows = None if source is None else tensors["rows"].numpy()
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -265,25 +467,27 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
             f"({type(error).__name__}: {error}); try another copy of it"
         ) from error
     if particles is not None:
-        return replace(result, particles=select_by_id(particles, result.ids))
-    if rows is None:
-        return result
-    stack = _reopen(source, rows, digests, Path(path).resolve().parent)
-    return result if stack is None else replace(result, particles=stack)
+        result = replace(result, particles=select_by_id(particles, result.ids))
+    elif rows is not None:
+        stack = _reopen(source, rows, digests, Path(path).resolve().parent)
+        result = result if stack is None else replace(result, particles=stack)
+    return result.in_frame(frame)
 
 
 def _unpack_result(tensors: dict[str, Tensor], meta: dict) -> Result:
     population = None
     if meta["population"] is not None:
-        parts = {name: tensors[f"population/{name}"] for name in ("mean", "covariance")}
+        prefix = "population/"
+        parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         population = Population.restore(parts, meta["population"])
+    columns: dict[str, Any] = {name: tensors[name] for name in _COLUMNS if name in tensors}
     return Result(
         unpack_model(tensors, meta["model"]),
         tensors["latents"],
         tensors.get("std"),
         population,
         ids=np.array(unpack_text(tensors["ids"]), dtype=object),
-        contrast=float(meta["contrast"]),
+        **columns,
         history=meta["history"],
         kind=meta["answer"],
         particles_digest=meta["digest"],
@@ -328,12 +532,20 @@ def _plain(values: Tensor) -> Tensor:
     return torch.as_tensor(values).detach().cpu().float()
 
 
+def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same memory: nothing is compared of a million particles."""
+    if one is None or other is None:
+        return one is other
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
 @torch.no_grad()
 def posterior_covariance(result: Result, rows, device: str | torch.device | None = None) -> Tensor:
     """(k, p, p) posterior covariance of the particles at `rows`, in latent units (about Å²).
 
     Computed on demand from the geometry of their images, none of which is read: storing it for all
-    particles would take N·p² numbers.
+    particles would take N·p² numbers. In another frame than that of the poses it is J C Jᵀ, with C
+    of the given latents and J the derivative by them.
 
     Raises
     ------
@@ -350,11 +562,21 @@ def posterior_covariance(result: Result, rows, device: str | torch.device | None
             f"expected a result with its particles, got {result!r} without; "
             "try load_result(path, particles)"
         )
+    chosen = positions(rows, len(result))
+    if result.frame != POSES:
+        given = result.in_frame(POSES)
+        covariance = posterior_covariance(given, chosen, device)
+        dynamics = result.model.dynamics
+        jacobian = frame_jacobian(dynamics, given.latents[chosen], result.frame)
+        by_given = jacobian.latents.to(covariance)
+        return by_given @ covariance @ by_given.mT
     device = choose_device(device)
     model = result.model.to(device)
-    chosen = positions(rows, len(result))
     latents = result.latents[chosen].to(device)
     prior = population.covariance.to(device).inverse()
+    spectrum = population.noise_spectrum
+    spectrum = None if spectrum is None else spectrum.to(device)
+    scale, noise = result.scale[chosen].to(device), _noise_of(result)[chosen].to(device)
     covariances = []
     for batch in result.particles[chosen].batches(64, device=device, images=False):
         z = latents[batch.rows]
@@ -362,10 +584,20 @@ def posterior_covariance(result: Result, rows, device: str | torch.device | None
         # Atoms are as wide as they are uncertain: first sharp, then as the refinement saw them.
         for _ in range(2):
             equations = normal_equations(
-                model, None, batch.pose, z, contrast=result.contrast, variance=variance
+                model, None, batch.pose, z, noise_spectrum=spectrum, variance=variance
             )
-            information = equations.hessian.double() / population.noise_std**2
+            information = information_of(
+                equations, scale[batch.rows], noise[batch.rows], population
+            )
             covariance = (information + prior).inverse()
             variance = position_variance(model.dynamics, z, batch.pose[0], covariance)
         covariances.append(covariance)
     return torch.cat(covariances)
+
+
+def _noise_of(result: Result) -> Tensor:
+    """(N,) standard deviation of each image's noise; where it is not known, the population's."""
+    level = result.population.noise_std if result.population is not None else math.nan
+    if result.noise is None:
+        return torch.full((len(result),), level)
+    return torch.where(result.noise.isfinite(), result.noise, torch.full_like(result.noise, level))

@@ -1,8 +1,10 @@
 """Scores against a known truth, and what any method could reach (the information limit).
 
-No score re-superposes: poses are given, so a conformation at the wrong position is wrong. Over many
-particles an RMSD is pooled (the root of the mean over particles and atoms), so that explained
-motion = 1 − (RMSD / RMSD of the mean)².
+Two frames: in that of the molecule, conformations are compared after each was superposed on the
+reference, since what a superposition takes out is a pose. In that of the given poses nothing is
+superposed, and a conformation at the wrong position is wrong. Over many particles an RMSD is pooled
+(the root of the mean over particles and atoms), so that
+explained motion = 1 − (RMSD / RMSD of the mean)².
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,22 @@ from torch import Tensor
 
 from .._devices import choose_device
 from ..images import ParticleStack
-from ..model import Model, Population, Truth, require_population, require_same_images
+from ..model import (
+    Model,
+    Population,
+    Truth,
+    frame_jacobian,
+    require_population,
+    require_same_images,
+    superposed,
+)
+from .frames import MOLECULE, POSES, chosen_frame, frame_words
 from .identity import require_latents
-from .likelihood import normal_equations
+from .likelihood import information_of, normal_equations
 from .result import Result
 
+# Width of log brightness in simulations, whose images are all as bright.
+_NO_SPREAD = 1e-6
 # Conformations compared at a time.
 CONFORMATIONS_AT_A_TIME = 256
 
@@ -53,7 +66,7 @@ class Scores:
     Attributes
     ----------
     rmsd : float
-        Å, pooled over particles and atoms, in the frame of the given poses.
+        Å, pooled over particles and atoms.
     explained_motion : float
         1 − Σ‖X̂ − X‖² / Σ‖X − mean X‖²; 0 is the mean conformation's.
     mean_rmsd : float
@@ -62,6 +75,8 @@ class Scores:
     spearman : float or None
         |Spearman| of the first of the given components with the true coordinate, where there are
         both.
+    frame : {"molecule", "poses"}
+        Whether conformations were superposed on the reference.
     """
 
     rmsd: float
@@ -70,6 +85,7 @@ class Scores:
     rmsd_per_particle: np.ndarray
     mean_rmsd_per_particle: np.ndarray
     spearman: float | None = None
+    frame: str = POSES
 
     def __repr__(self) -> str:
         parts = [
@@ -79,11 +95,12 @@ class Scores:
         ]
         if self.spearman is not None:
             parts.append(f"|Spearman| of PC1 {self.spearman:.3f}")
+        parts.append(frame_words(self.frame))
         return f"Scores({', '.join(parts)})"
 
 
 @torch.no_grad()
-def score(result: Result, motions: _Components | None = None) -> Scores:
+def score(result: Result, motions: _Components | None = None, frame: str | None = None) -> Scores:
     """Score a result against the truth that its simulated particles carry.
 
     Parameters
@@ -92,6 +109,10 @@ def score(result: Result, motions: _Components | None = None) -> Scores:
         Of particles that nothing was learned from.
     motions : PrincipalMotions, optional
         Whose first component is compared with the true coordinate.
+    frame : {"molecule", "poses"}, optional
+        "molecule" superposes every conformation, predicted and true, on the reference; "poses"
+        superposes none. By default "molecule" where the model's chains turn and shift, else
+        "poses": name one to compare models of both kinds.
 
     Returns
     -------
@@ -100,7 +121,7 @@ def score(result: Result, motions: _Components | None = None) -> Scores:
     Raises
     ------
     ValueError
-        When the particles are absent or their truth is not known.
+        When the particles are absent or their truth is not known, and for another frame.
 
     Examples
     --------
@@ -118,15 +139,22 @@ def score(result: Result, motions: _Components | None = None) -> Scores:
             f"expected a result with its particles, got {result!r} without; "
             "try load_result(path, particles)"
         )
+    frame = _scored_frame(result.model, frame)
     truth = _truth_of(result.particles)
     _require_same_atoms(result.model, truth)
+    dynamics = result.model.dynamics
+
+    def framed(coords: Tensor) -> Tensor:
+        return superposed(dynamics, coords) if frame == MOLECULE else coords
+
+    own_frame = result.in_frame(POSES)
     blocks = torch.arange(len(result)).split(CONFORMATIONS_AT_A_TIME)
-    total = torch.stack([truth.coords(rows).double().sum(0) for rows in blocks]).sum(0)
+    total = torch.stack([framed(truth.coords(rows)).double().sum(0) for rows in blocks]).sum(0)
     mean = (total / len(result)).float()
     own, of_mean = [], []
     for rows in blocks:
-        true = truth.coords(rows).float()
-        own.append(rmsd(result.decode(rows), true))
+        true = framed(truth.coords(rows)).float()
+        own.append(rmsd(framed(own_frame.decode(rows)), true))
         of_mean.append(rmsd(mean.expand_as(true), true))
     per_particle = torch.cat(own).double()
     mean_per_particle = torch.cat(of_mean).double()
@@ -142,7 +170,18 @@ def score(result: Result, motions: _Components | None = None) -> Scores:
         rmsd_per_particle=per_particle.numpy(),
         mean_rmsd_per_particle=mean_per_particle.numpy(),
         spearman=spearman,
+        frame=frame,
     )
+
+
+def _scored_frame(model: Model, frame: str | None) -> str:
+    frame = chosen_frame(model, frame)
+    if frame not in (MOLECULE, POSES):
+        raise ValueError(
+            f"expected the frame {MOLECULE!r} or {POSES!r}, got {frame!r}; try {MOLECULE!r}, in "
+            "which all chains count"
+        )
+    return frame
 
 
 def correlation(component: np.ndarray | Tensor, coordinate: np.ndarray | Tensor) -> float:
@@ -190,7 +229,9 @@ def true_population(
     # A morph moves in few directions only; 10⁻³ Å keeps its covariance invertible.
     covariance = off.T @ off / len(z) + 1e-6 * torch.eye(z.shape[1])
     noise_std = _truth_of(particles).noise_std
-    return Population(z.mean(0), covariance, noise_std, 1.0, model.fingerprint)
+    return Population(
+        z.mean(0), covariance, noise_std, 1.0, model.fingerprint, contrast_spread=_NO_SPREAD
+    )
 
 
 @torch.no_grad()
@@ -200,6 +241,7 @@ def information_limit(
     population: Population | None = None,
     latents: Tensor | None = None,
     *,
+    frame: str | None = None,
     device: str | torch.device | None = None,
 ) -> np.ndarray:
     """(N,) RMSD in Å that no method beats on average: the van Trees bound, on the atoms.
@@ -216,13 +258,17 @@ def information_limit(
         Default `true_population` of these particles.
     latents : (N, p) tensor, optional
         The truth, when the model is well specified; default the best fit to the true coordinates.
+    frame : {"molecule", "poses"}, optional
+        As of `score`, whose RMSD is to be compared: what is not known of the pose does not count in
+        that of the molecule. The default is the same.
     device : torch device, optional
         By default a GPU where there is one.
 
     Raises
     ------
     ValueError
-        When the truth is not known, or there is no noise.
+        When the truth is not known, or there is no noise; for another frame, and for that of the
+        molecule when chains do not both turn and shift in this model.
 
     Notes
     -----
@@ -241,6 +287,7 @@ def information_limit(
     True
     """
     require_same_images(model, particles)
+    frame = _scored_frame(model, frame)
     floor = np.zeros(len(particles))
     if latents is None:
         latents, floors = true_latents(model, particles)
@@ -264,8 +311,16 @@ def information_limit(
         # zero.
         z = latents[batch.rows].double()
         pose = tuple(None if part is None else part.double() for part in batch.pose)
-        equations = normal_equations(model, None, pose, z, contrast=population.contrast)
-        covariance = (equations.hessian / population.noise_std**2 + prior).inverse()
+        spectrum = population.noise_spectrum
+        spectrum = None if spectrum is None else spectrum.to(model.device)
+        equations = normal_equations(model, None, pose, z, noise_spectrum=spectrum)
+        ones = z.new_ones(len(z))
+        scale, noise = population.contrast * ones, population.noise_std * ones
+        covariance = (information_of(equations, scale, noise, population) + prior).inverse()
+        if frame == MOLECULE:
+            jacobian = frame_jacobian(model.dynamics, z)
+            covariance = jacobian.latents @ covariance @ jacobian.latents.mT
+            z = jacobian.seen.latents
         squares = (covariance * model.dynamics.gram(z)).sum((1, 2))
         limits.append(squares / model.structure.n_atoms)
     return np.sqrt(torch.cat(limits).cpu().numpy() + floor**2)

@@ -19,7 +19,7 @@ from .._files import content_digest, load_tensors, save_tensors
 from ..images import Batch, ParticleStack
 from ..model import Model, require_same_images, require_same_model
 from .encoder import Encoder, EncoderNetwork, encode_images, new_network
-from .likelihood import measure_contrast
+from .image_model import measure_contrast
 from .result import Result
 from .scores import score
 

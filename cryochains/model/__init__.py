@@ -1,9 +1,25 @@
 """How a molecule moves and how it is seen: dynamics, microscope, simulation.
 
-A `Model` is both together; a `Population` is what all particles of a data set share.
+- `rotations`: rotation vectors, matrices and superposition.
+- `dynamics`: latents → coordinates: modes, turn and shift of every chain.
+- `frames`: conformation versus pose, the same conformations in another frame.
+- `microscope`: coordinates → images: projection, shift and CTF.
+- `model`: `Model`, structure, dynamics and microscope together.
+- `population`: `Population`, what all particles of a data set share, and the elastic prior.
+- `truth`: `Truth`, what a simulation knows of its particles.
+- `simulation`: images of known conformations, poses, CTFs and noise.
+- `storage`: a model as tensors and JSON.
 """
 
-from .dynamics import KINDS, ChainLayout, Dynamics, rotvec_to_matrix
+from .dynamics import KINDS, ChainLayout, Dynamics
+from .frames import (
+    FrameJacobian,
+    InFrame,
+    can_change_frame,
+    frame_jacobian,
+    in_frame,
+    superposed,
+)
 from .microscope import Microscope
 from .model import Model, require_same_images, require_same_model
 from .population import (
@@ -16,6 +32,7 @@ from .population import (
     require_population,
     shrink_covariance,
 )
+from .rotations import rotvec_to_matrix
 from .simulation import simulate_particles
 from .storage import pack_model, unpack_model
 from .truth import Truth
@@ -25,12 +42,17 @@ __all__ = [
     "ChainLayout",
     "Dynamics",
     "ElasticPrior",
+    "FrameJacobian",
+    "InFrame",
     "Microscope",
     "Model",
     "Population",
     "Truth",
+    "can_change_frame",
     "elastic_prior",
     "elastic_variance",
+    "frame_jacobian",
+    "in_frame",
     "load_population",
     "mode_limit",
     "pack_model",
@@ -40,5 +62,6 @@ __all__ = [
     "rotvec_to_matrix",
     "shrink_covariance",
     "simulate_particles",
+    "superposed",
     "unpack_model",
 ]

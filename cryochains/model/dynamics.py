@@ -15,10 +15,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..molecule import Modes, Structure
+from .rotations import cross_matrix, right_jacobian, rotvec_to_matrix
 
 KINDS = ("mode", "rotation", "translation")
 _CPU = torch.device("cpu")
@@ -266,10 +266,10 @@ class Dynamics:
         parts = [bending.view(b, -1, layout.n_atoms, d)]
         if self.rotation:
             # d(Rx)/dω_i = R [J_i]× x with J the right Jacobian of SO(3) (Solà 2018, eq. 143).
-            jacobian = _right_jacobian(rotvecs)
+            jacobian = right_jacobian(rotvecs)
             jacobian = jacobian * self.scale_tensor[layout.rotation.start].to(latents.dtype)
             columns = jacobian.transpose(1, 2).reshape(-1, 3)
-            step = turned.unsqueeze(1) @ _cross_matrix(columns).view(b, 3, 3, 3)
+            step = turned.unsqueeze(1) @ cross_matrix(columns).view(b, 3, 3, 3)
             parts.append(self.bend(latents, chain).unsqueeze(1) @ step.transpose(2, 3))
         if self.translation:
             shift = frame.transpose(1, 2).unsqueeze(2)
@@ -287,7 +287,7 @@ class Dynamics:
             gram[:, layout.latents, layout.latents] = tangents @ tangents.transpose(1, 2)
         return gram
 
-    # Coordinates to latents, and other frames
+    # Coordinates to latents
 
     def fit(self, coords: Tensor | np.ndarray, n_steps: int = 30) -> Tensor:
         """(m, p) latents whose coordinates are nearest to (m, n_atoms, 3) `coords`, least squares.
@@ -326,86 +326,6 @@ class Dynamics:
                 break
         return latents.float()
 
-    def relative_to(self, latents: Tensor, chain: str) -> Tensor:
-        """(n, p) latents of the same conformations seen from one chain.
-
-        The turn and shift of that chain become zero. A rotation or shift that all chains share is a
-        pose change and not a conformation: this takes it out.
-
-        Raises
-        ------
-        ValueError
-            For an unknown chain, or when chains do not both turn and shift in this model.
-
-        Examples
-        --------
-        >>> from cryochains import load_structure
-        >>> dynamics = Dynamics(load_structure("glua3-closed"))
-        >>> from_a = dynamics.relative_to(torch.randn(5, 12), "A")
-        >>> bool(from_a[:, :6].abs().max() < 1e-4)
-        True
-        """
-        ids = self.structure.chain_ids
-        if chain not in ids:
-            raise ValueError(f"expected a chain of {', '.join(ids)}, got {chain!r}; try {ids[0]!r}")
-        if not (self.rotation and self.translation):
-            raise ValueError(
-                "expected a model whose chains turn and shift, got one with either switched off; "
-                "try rotation=True and translation=True"
-            )
-        latents = latents.to(self.device)
-        base = ids.index(chain)
-        base_shift = latents[:, self.chains[base].translation]
-        back = rotvec_to_matrix(self.rotvecs(latents, base)).transpose(1, 2)
-        moved = latents.clone()
-        for number, layout in enumerate(self.chains):
-            turn = back @ rotvec_to_matrix(self.rotvecs(latents, number))
-            rotvecs = Rotation.from_matrix(turn.double().cpu().numpy()).as_rotvec()
-            offset = self.centers[number] - self.centers[base]
-            shift = offset + latents[:, layout.translation] - base_shift
-            moved[:, layout.rotation] = torch.from_numpy(rotvecs / self.scale[layout.rotation]).to(
-                moved
-            )
-            moved[:, layout.translation] = (back @ shift.unsqueeze(-1)).squeeze(-1) - offset
-        return moved
-
     def __repr__(self) -> str:
         present = ", ".join(kind for kind in KINDS if (self.latent_kind == kind).any())
         return f"Dynamics({self.structure.name!r}, {self.n_latents} latents: {present})"
-
-
-def rotvec_to_matrix(rotvec: Tensor) -> Tensor:
-    """(b, 3, 3) rotation matrix of (b, 3) rotation vectors in radians (Rodrigues' formula).
-
-    Differentiable at zero.
-    """
-    cross = _cross_matrix(rotvec)
-    squared = (rotvec * rotvec).sum(-1)[:, None, None]
-    small = squared < 1e-6
-    half = torch.where(small, torch.ones_like(squared), squared).sqrt() / 2
-    # sin θ/θ and (1 − cos θ)/θ² = ½ (sin(θ/2)/(θ/2))², which does not cancel.
-    first = torch.where(small, 1 - squared / 6, (2 * half).sin() / (2 * half))
-    second = torch.where(small, 0.5 - squared / 24, 0.5 * (half.sin() / half) ** 2)
-    identity = torch.eye(3, dtype=rotvec.dtype, device=rotvec.device)
-    return identity + first * cross + second * (cross @ cross)
-
-
-def _cross_matrix(vector: Tensor) -> Tensor:
-    """(b, 3, 3) matrix [v]× with [v]× x = v × x."""
-    x, y, z = vector.unbind(-1)
-    zero = torch.zeros_like(x)
-    rows = [zero, -z, y, z, zero, -x, -y, x, zero]
-    return torch.stack(rows, dim=-1).view(-1, 3, 3)
-
-
-def _right_jacobian(rotvec: Tensor) -> Tensor:
-    """(b, 3, 3) J with exp([ω + δ]×) ≈ exp([ω]×) exp([J δ]×)."""
-    squared = (rotvec * rotvec).sum(-1)[:, None, None]
-    small = squared < 1e-6
-    safe = torch.where(small, torch.ones_like(squared), squared)
-    angle = safe.sqrt()
-    first = torch.where(small, 0.5 - squared / 24, (1 - angle.cos()) / safe)
-    second = torch.where(small, 1 / 6 - squared / 120, (angle - angle.sin()) / (safe * angle))
-    cross = _cross_matrix(rotvec)
-    identity = torch.eye(3, dtype=rotvec.dtype, device=rotvec.device)
-    return identity - first * cross + second * (cross @ cross)

@@ -26,6 +26,7 @@ _BONDED_DISTANCE = 8.0
 _PRIOR_PARTICLES = 20
 PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
 _POPULATION_KIND = "population"
+_NUMBERS = ("noise_std", "contrast", "contrast_spread", "noise_pixels", "junk_share")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,10 +40,21 @@ class Population:
     covariance : (p, p) float64 tensor
     noise_std : float
         Of a pixel, in the images' grey levels.
+        The median particle's; of white noise, or on average over the frequencies.
     contrast : float
-        Brightness of the images over the model's.
+        Brightness of the images over the model's: that of the middle of the particles.
     fingerprint : dict
         Of the model whose latents these are; see `Model.fingerprint`.
+    contrast_spread : float
+        Standard deviation of the particles' log brightness.
+    noise_pixels : float
+        The common noise level says as much of a particle's own as so many pixels of its image do;
+        infinite where all particles have the same.
+    noise_spectrum : (R,) float64 tensor, optional
+        Variance of the noise on rings of frequencies one Fourier pixel wide, relative to the mean
+        over all pixels; None for white noise.
+    junk_share : float
+        Share of particles that do not show the molecule at their poses.
     """
 
     mean: Tensor
@@ -50,6 +62,10 @@ class Population:
     noise_std: float
     contrast: float
     fingerprint: dict
+    contrast_spread: float = 0.05
+    noise_pixels: float = 1e6
+    noise_spectrum: Tensor | None = None
+    junk_share: float = 0.02
 
     def __post_init__(self) -> None:
         p = len(self.mean)
@@ -59,6 +75,16 @@ class Population:
                 f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}; try those of one "
                 "model"
             )
+        positive = (self.contrast, self.contrast_spread, self.noise_pixels)
+        if (
+            not all(value > 0 for value in positive)
+            or self.contrast == np.inf
+            or not 0 < self.junk_share < 1
+        ):
+            raise ValueError(
+                "expected positive contrast, contrast_spread and noise_pixels, and a junk_share "
+                f"between 0 and 1, got {positive} and {self.junk_share:g}; try the defaults"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all; it holds no coordinates."""
@@ -67,12 +93,14 @@ class Population:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps of it as tensors."""
-        return {"mean": self.mean, "covariance": self.covariance}
+        tensors = {"mean": self.mean, "covariance": self.covariance}
+        if self.noise_spectrum is not None:
+            tensors["noise_spectrum"] = self.noise_spectrum
+        return tensors
 
     def description(self) -> dict:
         """What a file keeps of it as JSON."""
-        names = ("noise_std", "contrast", "fingerprint")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_NUMBERS, "fingerprint")}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], meta: dict) -> "Population":
@@ -80,9 +108,9 @@ class Population:
         return cls(
             tensors["mean"],
             tensors["covariance"],
-            meta["noise_std"],
-            meta["contrast"],
-            meta["fingerprint"],
+            fingerprint=meta["fingerprint"],
+            noise_spectrum=tensors.get("noise_spectrum"),
+            **{name: meta[name] for name in _NUMBERS if name in meta},
         )
 
     def __repr__(self) -> str:
@@ -201,7 +229,7 @@ def mode_limit(dynamics: Dynamics) -> Tensor:
     return limit
 
 
-def shrink_covariance(scatter: Tensor, n: int, prior: ElasticPrior) -> Tensor:
+def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
     """(p, p) covariance from a `scatter` summed over `n` particles, shrunk towards the prior.
 
     The inverse-Wishart maximum a posteriori with p prior degrees of freedom. The prior's amplitude,

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from ..analysis import CHAIN_COLORS, PrincipalMotions
 from ..molecule import Structure
 
+# Of a refinement's verdict, by its grade: dark enough to read on white.
+GRADE_COLORS = {"good": "#00704F", "doubtful": "#A85F00", "not to be trusted": "#C0182B"}
 # Å, no line is drawn between nodes farther apart: residues are missing there, or a chain ends.
 _LONGEST_BOND = 8.0
 # Chains that a legend names; of more it would cover the picture.

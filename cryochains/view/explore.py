@@ -17,7 +17,11 @@ _EXPLORER_PACKAGES = ("ipywidgets", "nglview", "jscatter")
 
 
 def explore(
-    result: Result, *, columns: pd.DataFrame | None = None, n_components: int = 5
+    result: Result,
+    *,
+    columns: pd.DataFrame | None = None,
+    n_components: int = 5,
+    frame: str | None = None,
 ) -> "Explorer | Figure":
     """All particles as points, beside the molecule they show.
 
@@ -32,6 +36,10 @@ def explore(
         beside their density, uncertainty, defocus and what their file says of them.
     n_components : int
         Principal components, a slider each.
+    frame : str, optional
+        "molecule", "poses" or a chain's id, in which conformations are shown, as of
+        ``Result.in_frame``. By default that of the molecule, where the model has it. Images are the
+        same in all.
 
     Returns
     -------
@@ -41,7 +49,7 @@ def explore(
     Raises
     ------
     ValueError
-        For columns that are not numbers, or not one row a particle.
+        For columns that are not numbers, or not one row a particle, and for an unknown frame.
     ImportError
         Without the extras ``cryochains[lab]``, or when NGLView's Python and JavaScript are not of
         one version.
@@ -62,6 +70,7 @@ def explore(
             f"expected a result, such as refine returns, got {type(result).__name__}; "
             "try Result(model, latents)"
         )
+    result = result.in_frame(frame)
     table = particle_columns(result, columns)
     figure = figure_instead(lambda: _explorer_figure(result, n_components))
     if figure is not None:
@@ -72,5 +81,5 @@ def explore(
 
 
 def _explorer_figure(result: Result, n_components: int) -> Figure:
-    motions = compute_pca(result, n_components=n_components)
+    motions = compute_pca(result, n_components=n_components, frame=result.frame)
     return plot_explorer(motions, 0, motion_sentence(motions))

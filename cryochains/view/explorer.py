@@ -30,7 +30,15 @@ from ..images import positions
 from ..inference import Result, posterior_covariance
 from ..molecule import change_sentence, describe_change
 from .drawing import figure_png
-from .panels import SLIDER_PERCENTILES, ChainSliders, ComponentSliders, Landscape, every_nth, refill
+from .panels import (
+    SLIDER_PERCENTILES,
+    ChainSliders,
+    ComponentSliders,
+    Landscape,
+    every_nth,
+    refill,
+    verdict_html,
+)
 from .plots import plot_explorer, plot_particles
 from .saving import save_motion
 from .widgets import Molecule, color_scale_html, guard
@@ -59,7 +67,7 @@ class Explorer(ipywidgets.VBox):
     Attributes
     ----------
     result : Result
-        Whose particles are shown.
+        Whose particles are shown, in the frame that they are shown in.
     motions : PrincipalMotions
         Those on screen.
     latents : (p,) tensor
@@ -82,17 +90,28 @@ class Explorer(ipywidgets.VBox):
         self.chains = ChainSliders(result, self.status, self._set_latent)
         self.selection = ipywidgets.HBox()
         self.landscape = Landscape(
-            result, columns, n_components, self.status, self._new_motions, self.select
+            result,
+            columns,
+            n_components,
+            self.status,
+            on_motions=self._new_motions,
+            on_select=self.select,
+            on_filter=self._filtered,
         )
         self.landscape.x.observe(guard(self.recolor, self.status), "value")
         tabs = ipywidgets.Tab([self.components, self.chains, self.selection, self._build_saving()])
         tabs.titles = ("Principal motions", "Chains", "Selection", "Save")
-        super().__init__([ipywidgets.HBox([self.landscape, molecule_box]), self.status, tabs])
+        self.warning = ipywidgets.HTML(verdict_html(result.verdict))
+        rows = [ipywidgets.HBox([self.landscape, molecule_box]), self.status, tabs]
+        if self.warning.value:
+            rows.insert(1, self.warning)
+        super().__init__(rows)
         self.landscape.analyse()
 
     def _build_molecule(self) -> ipywidgets.VBox:
         # The camera has the main motion lie along the screen.
-        main_motion = compute_pca(every_nth(self.result), n_components=1)
+        sample = every_nth(self.result)
+        main_motion = compute_pca(sample, n_components=1, frame=sample.frame)
         low, high = self.all_atoms.decode(main_motion.traverse(0, 2)).numpy()
         self.molecule = Molecule(self.dynamics.structure, self.reference, high - low)
         choices = [BY_CHAIN, BY_DISPLACEMENT]
@@ -144,6 +163,12 @@ class Explorer(ipywidgets.VBox):
         else:
             self.reset()
 
+    def _filtered(self) -> None:
+        """What is hidden is not selected."""
+        rows = self.landscape.visible(self.rows)
+        if len(rows) < len(self.rows):
+            self.select(rows)
+
     def move(self, latents: torch.Tensor) -> None:
         """Show the conformation at `latents` (p,): atoms, colours and every slider follow."""
         self.latents = latents
@@ -188,8 +213,16 @@ class Explorer(ipywidgets.VBox):
         self.move(latents)
 
     def select(self, rows: np.ndarray | Sequence[int]) -> None:
-        """What a click or a lasso does: one particle is shown, of several the mean conformation."""
-        rows = self._numbers(rows)
+        """What a click or a lasso does: one particle is shown, of several the mean conformation.
+
+        Particles that are hidden as junk are left out.
+
+        Raises
+        ------
+        ValueError
+            When there is no such particle, or all of them are hidden.
+        """
+        rows = self._visible(rows)
         if len(rows) == 1:
             self.show_particle(int(rows[0]))
         elif len(rows):
@@ -198,7 +231,13 @@ class Explorer(ipywidgets.VBox):
             self.reset()
 
     def show_particle(self, row: int) -> None:
-        """Conformation, error bar, image and reconstruction of particle number `row`."""
+        """Conformation, error bar, image and reconstruction of particle number `row`.
+
+        Raises
+        ------
+        ValueError
+            When there is no such particle, or it is hidden as junk.
+        """
         self._choose([row])
         lines = [f"<b>Particle {escape(str(self.result.ids[row]))} (row {row})</b>"]
         if self.covariance is not None:
@@ -208,6 +247,8 @@ class Explorer(ipywidgets.VBox):
         for column in self.columns:
             if not column.startswith("rln"):
                 lines.append(f"{column} {self.columns[column].iloc[row]:.4g}")
+        if not self.landscape.shows_molecule[row]:
+            lines.append("flagged as junk: it more likely shows something else than the molecule")
         lines.append(self._change_words())
         parts = [ipywidgets.HTML("<br>".join(lines))]
         if self.result.particles is not None:
@@ -217,7 +258,13 @@ class Explorer(ipywidgets.VBox):
         refill(self.selection, parts)
 
     def show_group(self, rows: np.ndarray) -> None:
-        """The mean conformation of the particles at these rows of the result."""
+        """The mean conformation of the particles at these rows of the result, but hidden ones.
+
+        Raises
+        ------
+        ValueError
+            When there are no such particles, or all of them are hidden as junk.
+        """
         self._choose(rows)
         text = f"<b>Mean of {len(self.rows):,} particles</b><br>{self._change_words()}"
         refill(self.selection, [ipywidgets.HTML(text)])
@@ -285,6 +332,9 @@ class Explorer(ipywidgets.VBox):
     @torch.no_grad()
     def _change_words(self) -> str:
         """HTML that says what the conformation on screen is, from the mean of all particles."""
+        verdict = self.result.verdict
+        if verdict is not None and not verdict.trusted:
+            return f"Not described, since the refinement is {verdict.grade}"
         mean = torch.from_numpy(self.motions.mean).float()
         before, after = self.dynamics.decode(torch.stack([mean, self.latents])).numpy()
         words = change_sentence(describe_change(self.dynamics.structure, before, after))
@@ -297,16 +347,10 @@ class Explorer(ipywidgets.VBox):
 
     def _choose(self, rows) -> None:
         """Select particles, mark their points, and show their mean."""
-        rows = self._numbers(rows)
-        n = len(self.result)
+        rows = self._visible(rows)
         if not len(rows):
             raise ValueError(
                 "expected at least one particle, got none; try drawing around some points"
-            )
-        if rows.min() < 0 or rows.max() >= n:
-            raise ValueError(
-                f"expected particles from 0 to {n - 1}, got {rows.min()} to "
-                f"{rows.max()}; try rows of this result"
             )
         self.rows = rows
         self.landscape.highlight(rows)
@@ -314,12 +358,23 @@ class Explorer(ipywidgets.VBox):
         self.move(self.result.latents[rows].mean(0))
         self.recolor()
 
-    def _numbers(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """(k,) rows of the result, of numbers or a mask."""
+    def _visible(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """(k,) rows of the result, of numbers or a mask, without those that are hidden."""
+        n = len(self.result)
         rows = np.asarray(rows)
-        if rows.dtype == bool:
-            return positions(rows, len(self.result))
-        return rows.astype(int).ravel()
+        rows = positions(rows, n) if rows.dtype == bool else rows.astype(int).ravel()
+        if len(rows) and (rows.min() < 0 or rows.max() >= n):
+            raise ValueError(
+                f"expected particles from 0 to {n - 1}, got {rows.min()} to "
+                f"{rows.max()}; try rows of this result"
+            )
+        visible = self.landscape.visible(rows)
+        if len(rows) and not len(visible):
+            raise ValueError(
+                f"expected particles that are drawn, got {len(rows):,} hidden as junk; "
+                "try landscape.hide_junk.value = False"
+            )
+        return visible
 
     def _selected_covariance(self) -> torch.Tensor | None:
         """(p, p) covariance of the latents of what is selected; None where it is not known.

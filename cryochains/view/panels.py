@@ -22,7 +22,8 @@ from ..analysis import (
     motion_sentence,
     point_density,
 )
-from ..inference import Result
+from ..inference import Result, Verdict, frame_words
+from .drawing import GRADE_COLORS
 from .widgets import guard
 
 _KIND_LABELS = {
@@ -61,15 +62,30 @@ def refill(box: ipywidgets.Box, children: list) -> None:
 
 
 def every_nth(result: Result) -> Result:
-    """About _SAMPLE_SIZE of the particles of a result, evenly spread."""
-    step = max(1, -(-len(result) // _SAMPLE_SIZE))
-    return result[::step]
+    """About _SAMPLE_SIZE of the particles of a result that show the molecule, evenly spread."""
+    rows = np.flatnonzero(result.shows_molecule)
+    return result[rows[:: max(1, -(-len(rows) // _SAMPLE_SIZE))]]
+
+
+def verdict_html(verdict: Verdict | None) -> str:
+    """HTML of one line: grade and reasons, and what to try where the mouse rests; empty if good."""
+    if verdict is None or not verdict.reasons:
+        return ""
+    words = escape(f"This refinement is {verdict.grade}: {verdict.reasons}.")
+    color = f"color: {GRADE_COLORS[verdict.grade]}"
+    return f"<b style='{color}' title='{escape(repr(verdict))}'>{words}</b>"
+
+
+def _least(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.min()) if len(known) else 0.0
 
 
 class Landscape(ipywidgets.VBox):
     """Particles on two principal components.
 
-    ``motions`` are those of the chain and kind that are chosen.
+    ``motions`` are those of the chain and kind that are chosen, ``drawn`` (k,) the rows of the
+    particles that are points. Where some do not show the molecule, a checkbox leaves them out.
 
     Parameters
     ----------
@@ -83,6 +99,8 @@ class Landscape(ipywidgets.VBox):
         Called without arguments when the motions change.
     on_select : callable
         Called with the rows of the particles that were clicked or drawn around.
+    on_filter : callable
+        Called without arguments when other particles are drawn.
     """
 
     def __init__(
@@ -93,6 +111,7 @@ class Landscape(ipywidgets.VBox):
         status: ipywidgets.HTML,
         on_motions: Callable[[], None],
         on_select: Callable[[np.ndarray], None],
+        on_filter: Callable[[], None],
     ) -> None:
         self.result = result
         self.columns = columns
@@ -100,6 +119,8 @@ class Landscape(ipywidgets.VBox):
         self.status = status
         self.on_motions = on_motions
         self.on_select = on_select
+        self.on_filter = on_filter
+        self.shows_molecule = result.shows_molecule
         self.rows = np.zeros(0, dtype=int)
         self.quiet = False
         chains = [("all chains", "")]
@@ -117,7 +138,17 @@ class Landscape(ipywidgets.VBox):
         self.color_by = ipywidgets.Dropdown(
             options=["density", *columns], description="colour by", layout={"width": "96%"}
         )
-        self.frame = ipywidgets.VBox(layout={"height": "370px"})
+        n_junk = int((~self.shows_molecule).sum())
+        self.hide_junk = ipywidgets.Checkbox(
+            True,
+            description=f"hide {n_junk:,} junk particle{'s' if n_junk > 1 else ''}",
+            tooltip="whose image more likely shows something else, or the molecule at another pose",
+            indent=False,
+            layout={"width": "96%"},
+        )
+        self.hide_junk.observe(guard(self._filter, status), "value")
+        self.canvas = ipywidgets.VBox(layout={"height": "370px"})
+        in_frame = ipywidgets.HTML(f"Conformations in the {escape(frame_words(result.frame))}")
         for control in (self.chain, self.kind):
             control.observe(guard(self.analyse, status), "value")
         for control in (self.x, self.y, self.color_by):
@@ -126,14 +157,18 @@ class Landscape(ipywidgets.VBox):
             ipywidgets.HBox([self.chain, self.kind]),
             ipywidgets.HBox([self.x, self.y]),
             self.color_by,
-            self.frame,
+            *([self.hide_junk] if n_junk else []),
+            self.canvas,
+            in_frame,
         ]
         super().__init__(rows, layout={"width": "44%"})
 
     def analyse(self) -> None:
         """Principal components of the chain and kind that are chosen, and the points anew."""
         chain = self.chain.value or None
-        self.motions = compute_pca(self.result, chain, self.kind.value, self.n_components)
+        self.motions = compute_pca(
+            self.result, chain, self.kind.value, self.n_components, frame=self.result.frame
+        )
         n = self.motions.scores.shape[1]
         options = [(f"PC{k + 1}", k) for k in range(n)]
         self.quiet = True
@@ -151,8 +186,11 @@ class Landscape(ipywidgets.VBox):
             return
         name = self.color_by.value
         axes = (self.x.value, self.y.value)
-        x, y = self.motions.scores[:, axes].T
-        values = point_density(x, y) if name == "density" else self.columns[name].to_numpy()
+        values = self._density(axes) if name == "density" else self.columns[name].to_numpy()
+        self.drawn = self.visible(np.arange(len(self.result)))
+        x, y = self.motions.scores[np.ix_(self.drawn, axes)].T
+        # What is not known of a particle is drawn as the least that is known.
+        values = np.nan_to_num(values[self.drawn].astype(np.float64), nan=_least(values))
         scatter = jscatter.Scatter(
             data=pd.DataFrame({" x": x, " y": y, name: values}, dtype=np.float32),
             x=" x",
@@ -162,21 +200,47 @@ class Landscape(ipywidgets.VBox):
             axes_labels=[f"PC{k + 1} (Å)" for k in axes],
             legend=True,
             height=330,
-            selection=self.rows,
+            selection=self._points(self.rows),
             size=int(np.clip(120 / len(x) ** 0.5, 1, 8)),
         )
         self.scatter = scatter.widget
         self.scatter.observe(guard(self._selected, self.status), "selection")
-        refill(self.frame, [scatter.show(["pan_zoom", "lasso", "reset"])])
+        refill(self.canvas, [scatter.show(["pan_zoom", "lasso", "reset"])])
 
     def highlight(self, rows: np.ndarray) -> None:
         """Mark the particles at `rows`, as if they had been clicked."""
         self.rows = rows
-        if not np.array_equal(self.scatter.selection, rows):
-            self.scatter.selection = rows
+        points = self._points(rows)
+        if not np.array_equal(self.scatter.selection, points):
+            self.scatter.selection = points
+
+    def visible(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the `rows` of the result whose particles are not hidden as junk."""
+        return rows[self.shows_molecule[rows]] if self.hide_junk.value else rows
+
+    def _density(self, axes: tuple[int, int]) -> np.ndarray:
+        """(N,) density of the points that show the molecule, where each of them is; else 0."""
+        density = np.zeros(len(self.result))
+        x, y = self.motions.shown_scores[:, axes].T
+        density[self.shows_molecule] = point_density(x, y)
+        return density
+
+    def _points(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the points that are the particles at `rows`."""
+        return np.searchsorted(self.drawn, self.visible(rows))
+
+    def _filter(self) -> None:
+        self.draw()
+        self.on_filter()
 
     def _selected(self) -> None:
-        rows = np.asarray(self.scatter.selection, dtype=int).ravel()
+        points = np.asarray(self.scatter.selection, dtype=int).ravel()
+        if len(points) and points.max() >= len(self.drawn):
+            raise ValueError(
+                f"expected particles from 0 to {len(self.drawn) - 1}, got {points.max()}; "
+                "try drawing around some"
+            )
+        rows = self.drawn[points]
         if not np.array_equal(rows, self.rows):
             self.on_select(rows)
 
@@ -201,11 +265,13 @@ class ComponentSliders(ipywidgets.VBox):
     def show(self, motions: PrincipalMotions, errors: np.ndarray | None) -> None:
         """Sliders of other components, whose scores are known to within `errors` (k,) in Å."""
         self.motions = motions
-        self.spread = motions.scores.std(0)
+        # Junk is not on the sliders.
+        scores = motions.shown_scores
+        self.spread = scores.std(0)
         self.spread[self.spread == 0] = 1.0
         self.sliders = []
         rows = []
-        ends = np.percentile(motions.scores / self.spread, SLIDER_PERCENTILES, axis=0)
+        ends = np.percentile(scores / self.spread, SLIDER_PERCENTILES, axis=0)
         for component, (low, high) in enumerate(ends.T):
             # The browser knows no values between the steps: the ends are whole ones.
             slider = ipywidgets.FloatSlider(
@@ -231,6 +297,9 @@ class ComponentSliders(ipywidgets.VBox):
             known += f", error bar {errors[component]:.2f} Å"
             if spread < 2 * errors[component]:
                 known += ": hardly told from noise"
+        verdict = self.motions.result.verdict
+        if verdict is not None and not verdict.trusted:
+            return f"<b>{known}</b>. Not described, since the refinement is {verdict.grade}"
         sentence = motion_sentence(self.motions, component)
         words = escape(sentence.removeprefix(f"PC{component + 1}: "))
         return f"<b>{known}</b>. From the 5th to the 95th percentile {words}"

@@ -1,5 +1,7 @@
 """Figures. Each `plot_` function returns a matplotlib Figure and changes no global state."""
 
+from collections.abc import Callable
+from functools import partial
 from textwrap import wrap
 from typing import Any
 
@@ -9,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..analysis import CHAIN_COLORS, PrincipalMotions
-from ..inference import Encoder, Result
+from ..inference import Encoder, Result, Verdict
 from ..model import Model
 from ..molecule import Modes, Structure, find_chain
 from .drawing import (
+    GRADE_COLORS,
     chain_color,
     decode_nodes,
     draw_backbones,
@@ -39,8 +42,18 @@ __all__ = [
 _MAX_POINTS = 2000
 # Arrows of a mode, at most.
 _MAX_ARROWS = 150
-# Characters in a line of a title.
+# Characters in a line of a title, of a figure and of a panel.
 _TITLE_WIDTH = 110
+_PANEL_TITLE_WIDTH = 55
+# Of the small letters of a verdict and of a particle's id.
+_VERDICT_WIDTH = 165
+_ID_WIDTH = 22
+_SMALL = 8
+# Inches a line of a verdict.
+_LINE_HEIGHT = 0.17
+_JUNK_COLOR = "0.6"
+# Panels of a refinement side by side.
+_REFINEMENT_COLUMNS = 4
 # Panels side by side, of which there is one a chain.
 _MAX_PANEL_COLUMNS = 4
 
@@ -54,7 +67,10 @@ def __dir__() -> list[str]:
 def plot_particles(result: Result, n: int = 6) -> Figure:
     """First `n` particles: image, the model's reconstruction, and what is left.
 
-    The reconstruction is as bright as the images, by ``result.contrast``. Where poses, CTFs and
+    Images have the particles' ids above them, and "junk?" where they are flagged as showing
+    something else (``result.shows_molecule``). Pixels that are not finite are white.
+
+    The reconstruction is as bright as the images, by ``result.scale``. Where poses, CTFs and
     latents are right, no shape of the molecule is left in the residual.
 
     Raises
@@ -69,8 +85,9 @@ def plot_particles(result: Result, n: int = 6) -> Figure:
         )
     chosen = result[: min(n, len(result))]
     particles = result.particles[: len(chosen)]
-    batch = next(particles.batches(len(chosen), device="cpu"))
-    model_images = chosen.contrast * chosen.model.render(chosen.latents, *batch.pose)
+    batch = next(particles.batches(len(chosen), device="cpu", require_finite=False))
+    model_images = chosen.model.render(chosen.latents, *batch.pose)
+    model_images = chosen.scale[:, None, None] * model_images
     shown = {
         "image": batch.images,
         "reconstruction": model_images,
@@ -83,18 +100,31 @@ def plot_particles(result: Result, n: int = 6) -> Figure:
     else:
         figure, axes = new_figure(3, len(chosen), 1.6 * len(chosen), 5.2)
     for row, (name, images) in zip(axes.T if alone else axes, shown.items(), strict=True):
-        _draw_images(row, images.numpy(), name)
+        _draw_images(row, images.numpy(), name, chosen.shows_molecule)
+    for axis, id_, good in zip(axes.flat, chosen.ids, chosen.shows_molecule, strict=False):
+        color = "k" if good else GRADE_COLORS["not to be trusted"]
+        axis.set_title(_short_id(str(id_)) + ("" if good else "\njunk?"), size=_SMALL, color=color)
     width = result.model.box_size * result.model.pixel_size
     title = f"{len(chosen)} of {len(result):,} particles, {width:.0f} Å wide; a grey scale a row"
     figure.suptitle(title)
     return figure
 
 
-def _draw_images(axes: np.ndarray, images: np.ndarray, name: str) -> None:
-    """(k, box, box) images on one grey scale."""
+def _short_id(text: str) -> str:
+    """An id that is no wider than an image: of a long one, both ends."""
+    if len(text) <= _ID_WIDTH:
+        return text
+    half = _ID_WIDTH // 2
+    return f"{text[: half - 1]}…{text[-half:]}"
+
+
+def _draw_images(axes: np.ndarray, images: np.ndarray, name: str, good: np.ndarray) -> None:
+    """(k, box, box) images on one grey scale, set by those that are `good` (k,), if any."""
     # A few bright pixels of noise shall not set the scale.
     share = 1.0 if name == "reconstruction" else 0.999
-    limit = float(np.quantile(np.abs(images), share))
+    pixels = np.abs(images[good] if good.any() else images)
+    pixels = pixels[np.isfinite(pixels)]
+    limit = float(np.quantile(pixels, share)) if len(pixels) else 1.0
     for axis, image in zip(axes, images, strict=True):
         # Pixel row 0 is at negative y, as in the file.
         axis.imshow(image, cmap="gray", vmin=-limit, vmax=limit, origin="lower")
@@ -132,7 +162,11 @@ def plot_training(encoder: Encoder) -> Figure:
 
 
 def plot_refinement(result: Result) -> Figure:
-    """How far particles moved, the noise and the population's spread at each pass of `refine`.
+    """How a refinement went, what it says of the images, and whether it is to be trusted.
+
+    At each pass, by how much particles moved, the noise and the population's spread. Of the
+    particles, where they are known, brightness, responsibility and misfit, those that are flagged
+    as junk in grey; of the noise, its variance by resolution, over its mean. Below, the verdict.
 
     Raises
     ------
@@ -140,24 +174,119 @@ def plot_refinement(result: Result) -> Figure:
         For a result that was not refined.
     """
     history = result.history
-    panels = {
+    of_passes = {
         "step": "RMS step (Å)",
         "noise_std": "noise (grey levels)",
         "spread": "population spread (Å)",
     }
-    if not history or any(key not in history[0] for key in panels):
+    if not history or any(key not in history[0] for key in of_passes):
         hint = "plot_training(encoder)" if result.kind == "encoded" else "refine"
         raise ValueError(f"expected a refined result with its history, got {result!r}; try {hint}")
-    figure, axes = new_figure(1, 3, 10, 3)
-    passes = np.arange(1, len(history) + 1)
-    ticks = [f"{k}\n{record['blur']:g}" for k, record in zip(passes, history, strict=True)]
-    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
-        values = [record[key] for record in history]
-        axis.plot(passes, values, color=CHAIN_COLORS[0], marker="o")
-        axis.set(xlabel="pass (blur in Å)", ylabel=label)
-        axis.set_ylim(0, 1.1 * max(values))
-        axis.set_xticks(passes, ticks)
+    panels: list[Callable[[Axes], object]] = []
+    for key, label in of_passes.items():
+        panels.append(partial(_draw_passes, result, key, label))
+    panels += _image_panels(result)
+    lines = _verdict_lines(result.verdict)
+    n_columns = min(len(panels), _REFINEMENT_COLUMNS)
+    n_rows = -(-len(panels) // n_columns)
+    text_height = _LINE_HEIGHT * (len(lines) + 1) if lines else 0.0
+    height = 2.8 * n_rows + text_height
+    figure, axes = new_figure(n_rows, n_columns, 3.2 * n_columns, height)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for draw_panel, axis in zip(panels, axes.flat, strict=False):
+        draw_panel(axis)
+    _write_below(figure, lines, text_height / height)
     return figure
+
+
+def _write_below(figure: Figure, lines: list[tuple[str, str, str]], share: float) -> None:
+    """Lines of two columns and a colour on the lowest `share` of a figure; the first is bold."""
+    figure.set_layout_engine("constrained", rect=(0, share, 1, 1 - share), w_pad=0.08, h_pad=0.06)
+    for number, (left, right, color) in enumerate(lines):
+        y = share - _LINE_HEIGHT * (number + 0.5) / figure.get_figheight()
+        weight = "bold" if number == 0 else "normal"
+        for x, words in ((0.1, left), (1.6, right)):
+            x /= figure.get_figwidth()
+            figure.text(x, y, words, color=color, va="top", size=_SMALL + 1, weight=weight)
+
+
+def _draw_passes(result: Result, key: str, label: str, axis: Axes) -> None:
+    history = result.history
+    passes = np.arange(1, len(history) + 1)
+    values = [record[key] for record in history]
+    axis.plot(passes, values, color=CHAIN_COLORS[0], marker="o")
+    axis.set(xlabel="pass (blur in Å)", ylabel=label)
+    axis.set_ylim(0, 1.1 * max(values))
+    ticks = [f"{k}\n{record['blur']:g}" for k, record in zip(passes, history, strict=True)]
+    axis.set_xticks(passes, ticks)
+
+
+def _image_panels(result: Result) -> list[Callable[[Axes], object]]:
+    """Panels of what is known of the images of a refined result."""
+    panels: list[Callable[[Axes], object]] = []
+    good = result.shows_molecule
+    scale = result.scale.numpy()
+    if (scale != scale[:1]).any():
+        panels.append(partial(_draw_histogram, scale, good, "brightness"))
+    if result.responsibility is not None:
+        panels.append(partial(_draw_responsibility, result.responsibility.numpy(), good))
+    if result.misfit is not None and result.misfit.isfinite().any():
+        misfit = result.misfit.numpy()
+        panels.append(partial(_draw_histogram, misfit, good, "misfit (χ² per pixel)"))
+    if result.population is not None and result.population.noise_spectrum is not None:
+        side = result.model.box_size * result.model.pixel_size
+        spectrum = result.population.noise_spectrum.numpy()
+        panels.append(partial(_draw_noise_spectrum, spectrum, side))
+    return panels
+
+
+def _draw_histogram(
+    values: np.ndarray, good: np.ndarray, label: str, axis: Any, bins: np.ndarray | None = None
+) -> None:
+    """Values (N,) of the particles, in grey of those that are not `good` (N,)."""
+    values, good = values[np.isfinite(values)], good[np.isfinite(values)]
+    if bins is None:
+        # The first and the last bin hold what is farther out.
+        low, high = np.quantile(values, (0.01, 0.99))
+        room = high - low
+        bins = np.linspace(max(values.min(), low - room), min(values.max(), high + room), 31)
+    values = np.clip(values, bins[0], bins[-1])
+    parts = [values[good], values[~good]]
+    axis.hist(parts, bins, stacked=True, color=[CHAIN_COLORS[0], _JUNK_COLOR])
+    axis.set(xlabel=label, ylabel="particles")
+
+
+def _draw_responsibility(values: np.ndarray, good: np.ndarray, axis: Axes) -> None:
+    _draw_histogram(values, good, "responsibility", axis, np.linspace(0, 1, 21))
+    axis.axvline(0.5, color="0.3", ls="--", lw=1)
+    axis.set_title(f"{(~good).sum():,} of {len(good):,} flagged as junk", size="medium")
+
+
+def _draw_noise_spectrum(spectrum: np.ndarray, side: float, axis: Axes) -> None:
+    """Variances (R,) on rings of frequencies, of a box of `side` Å."""
+    # The innermost ring is the image's mean. Ring k is of waves that are side / k long.
+    rings = np.arange(1, len(spectrum))
+    axis.plot(rings, spectrum[1:], color=CHAIN_COLORS[0])
+    ticks = np.unique(np.linspace(0, rings[-1], 5)[1:].round().astype(int))
+    axis.set_xticks(ticks, [f"{side / k:.3g}" for k in ticks])
+    axis.set(xlabel="resolution (Å)", ylabel="noise variance over its mean")
+    axis.set_ylim(0, 1.1 * spectrum[1:].max())
+
+
+def _verdict_lines(verdict: Verdict | None) -> list[tuple[str, str, str]]:
+    """Grade, words and colour of each line, what is worst first."""
+    if verdict is None:
+        return []
+    lines = [("Verdict", verdict.grade, GRADE_COLORS[verdict.grade])]
+    grades = list(GRADE_COLORS)
+    for part in sorted(verdict.findings, key=lambda part: -grades.index(part.grade)):
+        words = f"{part.sentence}; {part.remedy}" if part.remedy else part.sentence
+        color = GRADE_COLORS[part.grade]
+        first, *others = wrap(words, _VERDICT_WIDTH)
+        lines.append((part.grade, first, color))
+        lines += [("", more, color) for more in others]
+    return lines
 
 
 def plot_latent_space(
@@ -173,24 +302,30 @@ def plot_latent_space(
     motions : PrincipalMotions
     scores : (N, k) array, optional
         Of other particles, as ``motions.transform`` gives; by default those that the components
-        were computed from. Many are drawn as their density.
+        were computed from, and as grey crosses those that are flagged as junk. Many are drawn as
+        their density, without junk.
     truth : (N,) array, optional
         A true coordinate of each particle.
     title : str
-        Should hold the number that says whether the picture means something.
+        Should hold the number that says whether the picture means something. What is doubtful of
+        the refinement is added.
     """
-    scores = motions.scores if scores is None else scores
+    if scores is None:
+        scores, good = motions.scores, motions.result.shows_molecule
+    else:
+        good = np.ones(len(scores), dtype=bool)
     if truth is None:
         figure, axes = new_figure(1, 1, 4.6, 4)
     else:
         figure, axes = new_figure(1, 2, 9, 4)
     names = _component_names(motions)
-    _draw_points(figure, axes[0, 0], scores, (0, 1), names, motions.label)
+    _draw_points(figure, axes[0, 0], scores, good, (0, 1), names, motions.label)
     if truth is not None:
         color = CHAIN_COLORS[0]
-        axes[0, 1].plot(truth, scores[:, 0], ".", color=color, alpha=0.4, markersize=4)
+        axes[0, 1].plot(truth[good], scores[good, 0], ".", color=color, alpha=0.4, markersize=4)
+        _draw_crosses(axes[0, 1], truth[~good], scores[~good, 0])
         axes[0, 1].set(xlabel="true coordinate", ylabel=names[0])
-    figure.suptitle(title)
+    _set_title(figure, [title], motions.result.verdict)
     return figure
 
 
@@ -202,7 +337,7 @@ def plot_rmsd(
     Parameters
     ----------
     per_particle : dict of (N,) arrays
-        RMSD of each particle by each method.
+        RMSD of each particle by each method, all in one frame (see `score`).
     mean : (N,) array
         That of the mean conformation, a dashed line at its pooled value.
     limit : (N,) array, optional
@@ -220,7 +355,7 @@ def plot_rmsd(
     if limit is not None:
         value = _root_mean_square(limit)
         axis.axvline(value, color="k", label=f"information limit: {value:.2f} Å")
-    axis.set(xlabel="RMSD to the true conformation (Å, no re-superposition)", ylabel="particles")
+    axis.set(xlabel="RMSD to the true conformation (Å)", ylabel="particles")
     axis.legend(fontsize="small")
     return figure
 
@@ -259,7 +394,8 @@ def plot_explorer(motions: PrincipalMotions, component: int = 0, title: str = ""
     component : int
         Along which the backbones are drawn; 0 is PC1.
     title : str
-        Should say what the component means, such as `motion_sentence` does.
+        Should say what the component means, such as `motion_sentence` does. What is doubtful of
+        the refinement is added where it is not in there.
 
     Raises
     ------
@@ -270,12 +406,14 @@ def plot_explorer(motions: PrincipalMotions, component: int = 0, title: str = ""
     figure, axes = new_figure(1, 2, 10, 4.6)
     pair = (component, 1 if component == 0 else 0)
     names = _component_names(motions)
-    _draw_points(figure, axes[0, 0], motions.scores, pair, names, motions.label)
+    good = motions.result.shows_molecule
+    _draw_points(figure, axes[0, 0], motions.scores, good, pair, names, motions.label)
     coords = decode_nodes(motions, latents)
     view = view_along(coords, coords[-1] - coords[0])
     draw_backbones(axes[0, 1:], motions.model.structure, view)
-    axes[0, 1].set_title(name_ends(motions, latents, component, "(dark)"), fontsize="medium")
-    figure.suptitle("\n".join(wrap(title, _TITLE_WIDTH)), fontsize="medium")
+    ends = wrap(name_ends(motions, latents, component, "(dark)"), _PANEL_TITLE_WIDTH)
+    axes[0, 1].set_title("\n".join(ends), fontsize="medium")
+    _set_title(figure, wrap(title, _TITLE_WIDTH), motions.result.verdict, fontsize="medium")
     return figure
 
 
@@ -395,27 +533,58 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
     return figure
 
 
+def _set_title(figure: Figure, lines: list[str], verdict: Verdict | None, **style: Any) -> None:
+    """Lines of a title, in the verdict's colour and with its reasons where it is not good."""
+    if verdict is not None and verdict.reasons:
+        style["color"] = GRADE_COLORS[verdict.grade]
+        if verdict.reasons not in " ".join(lines):
+            # About as many characters as there is room for.
+            width = int(11 * figure.get_figwidth())
+            words = wrap(f"This refinement is {verdict.grade}: {verdict.reasons}.", width)
+            lines = [*filter(None, lines), *words]
+            style.setdefault("fontsize", "medium")
+    figure.suptitle("\n".join(lines), **style)
+
+
 def _draw_points(
     figure: Figure,
     axis: Any,
     scores: np.ndarray,
+    good: np.ndarray,
     components: tuple[int, int],
     names: list[str],
     title: str,
 ) -> None:
-    """Particles on two components, as points or as their density; a histogram where one exists."""
-    axis.set(xlabel=names[components[0]], title=title)
+    """Particles on two components, as points or as their density; a histogram where one exists.
+
+    Those that are not `good` (N,) are crosses, or left out.
+    """
+    as_points = scores.shape[1] > 1 and len(scores) < _MAX_POINTS
+    axis.set_xlabel(names[components[0]])
+    axis.set_title(title)
+    if not good.all():
+        how = "grey crosses, or outside" if as_points else "left out"
+        words = f"{title}\n{(~good).sum():,} flagged as junk: {how}"
+        axis.set_title(words, size="medium")
     if scores.shape[1] == 1:
-        axis.hist(scores[:, 0], bins=40, color=CHAIN_COLORS[0])
+        axis.hist(scores[good, 0], bins=40, color=CHAIN_COLORS[0])
         axis.set_ylabel("particles")
         return
     x, y = scores[:, components].T
     axis.set_ylabel(names[components[1]])
-    if len(scores) < _MAX_POINTS:
-        axis.plot(x, y, ".", color=CHAIN_COLORS[0], alpha=0.4, markersize=4)
+    if as_points:
+        axis.plot(x[good], y[good], ".", color=CHAIN_COLORS[0], alpha=0.4, markersize=4)
+        _draw_crosses(axis, x[~good], y[~good])
         return
-    density = axis.hexbin(x, y, gridsize=40, mincnt=1, cmap="viridis")
+    density = axis.hexbin(x[good], y[good], gridsize=40, mincnt=1, cmap="viridis")
     figure.colorbar(density, label="particles", ax=axis)
+
+
+def _draw_crosses(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Junk (k,), behind all else, and no reason to show more of the plane."""
+    if len(x):
+        axis.set(xlim=axis.get_xlim(), ylim=axis.get_ylim())
+        axis.plot(x, y, "x", color=_JUNK_COLOR, markersize=3, mew=0.8, zorder=1)
 
 
 def _component_names(motions: PrincipalMotions) -> list[str]:

@@ -20,7 +20,7 @@ from cryochains.analysis import (
 )
 from cryochains.images import load_particles
 from cryochains.inference import Result, posterior_covariance, refine
-from cryochains.model import Model, simulate_particles
+from cryochains.model import Model, frame_jacobian, simulate_particles
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,21 @@ def test_average_covariance_is_exact_with_the_images(closed):
     torch.testing.assert_close(alone.diagonal(), exact.diagonal().float(), rtol=0.2, atol=0.01)
 
 
+def test_error_bars_of_components_are_of_the_frame_of_their_result(closed):
+    particles = simulate(closed, 6)
+    model = Model(closed, particles, modes=2)
+    result = refine(model, particles, blurs=(4.0, 0.0), progress=False)
+    motions = compute_pca(result)
+    covariance = average_covariance(motions.result)
+    given = posterior_covariance(result, np.arange(6))
+    jacobian = frame_jacobian(model.dynamics, result.latents).latents
+    expected = (jacobian @ given.double() @ jacobian.mT).mean(0).float()
+    torch.testing.assert_close(covariance, expected)
+    assert component_errors(motions, covariance).max() < 3
+    # A rigid motion of all is not known well, and does not count.
+    assert covariance.trace() < average_covariance(result).trace()
+
+
 def test_nothing_is_known_of_an_encoders_errors(model):
     result = Result(model, torch.zeros(3, model.n_latents), kind="encoded")
     with pytest.raises(ValueError, match="expected a result with error bars, got .*; try refine"):
@@ -123,6 +138,57 @@ def test_columns_of_particles(closed):
     assert list(columns) == ["defocus (µm)"]
     np.testing.assert_allclose(columns["defocus (µm)"], expected)
     assert particle_columns(Result(model, latents)).empty
+
+
+IMAGE_COLUMNS = {
+    "brightness": ("scale", [0.5, 1.0, 2.0]),
+    "noise (grey levels)": ("noise", [0.1, 0.2, torch.nan]),
+    "misfit (χ² per pixel)": ("misfit", [1.0, 1.1, torch.nan]),
+    "responsibility": ("responsibility", [0.99, 0.4, 0.0]),
+}
+
+
+def test_columns_of_what_each_image_has_of_its_own(model):
+    latents = torch.zeros(3, model.n_latents)
+    known = {field: torch.tensor(values) for field, values in IMAGE_COLUMNS.values()}
+    columns = particle_columns(Result(model, latents, **known))
+    assert list(columns) == list(IMAGE_COLUMNS)
+    for name, (field, values) in IMAGE_COLUMNS.items():
+        np.testing.assert_allclose(columns[name], values)
+        # What is the same for all, or for all of which it is known, tells no two apart.
+        for same in ([0.7, 0.7, 0.7], [0.7, 0.7, torch.nan], [torch.nan] * 3):
+            if field != "scale" or np.isfinite(same).all():
+                constant = Result(model, latents, **(known | {field: torch.tensor(same)}))
+                assert set(particle_columns(constant)) == set(IMAGE_COLUMNS) - {name}
+
+
+def test_columns_of_corrected_poses(closed):
+    particles = simulate(closed, 4)
+    model = Model(closed, particles, modes=2)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, model.n_latents, generator=generator)
+    result = Result(model, latents, latents.abs(), particles=particles)
+    assert "pose turn (°)" not in particle_columns(result)
+    for frame in ("molecule", "A"):
+        seen = result.in_frame(frame)
+        columns = particle_columns(seen)
+        correction = seen.pose_correction
+        np.testing.assert_allclose(columns["pose turn (°)"], np.degrees(correction.angles))
+        np.testing.assert_allclose(columns["pose shift (Å)"], correction.distances)
+    # On the image only where the image is known.
+    alone = particle_columns(replace(result, particles=None).in_frame())
+    assert "pose turn (°)" in alone and "pose shift (Å)" not in alone
+
+
+def test_a_typical_particle_shows_the_molecule(model):
+    std = torch.full((4, model.n_latents), 0.5)
+    std[1] = 9.0
+    result = Result(model, torch.zeros(4, model.n_latents), std)
+    flagged = replace(result, responsibility=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert torch.equal(average_covariance(flagged), 0.25 * torch.eye(model.n_latents))
+    # Where none does, of all of them.
+    none = replace(result, responsibility=torch.zeros(4))
+    torch.testing.assert_close(average_covariance(none), average_covariance(result))
 
 
 def test_columns_of_a_file(tmp_path, closed):
@@ -165,7 +231,10 @@ def test_selection_names_its_particles(tmp_path, closed):
     np.testing.assert_allclose(table.iloc[:, 2:], motions.scores[rows], atol=1e-4)
     chosen = load_particles(path.with_suffix(".star"))
     assert torch.equal(chosen.read_images(), particles.read_images(rows))
+    # With the poses that were given, although the motions are of corrected ones.
     assert torch.allclose(chosen.rotations, particles.rotations[rows], atol=1e-5)
+    corrected = motions.result.particles.rotations[rows]
+    assert not torch.allclose(chosen.rotations, corrected, atol=1e-3)
     # A mask, a slice and negative rows mean what they mean of an array.
     mask = np.isin(np.arange(len(particles)), [1, 4])
     for same in (mask, torch.from_numpy(mask), slice(1, 5, 3), [1, 4 - len(particles)]):

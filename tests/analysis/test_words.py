@@ -50,7 +50,8 @@ def test_component_that_turns_b_about_a_known_axis(closed):
         goal = turn(closed.coords, angle, 0.25 * angle)
         goal[closed.chain_index == 0] = closed.coords[closed.chain_index == 0]
         latents[number] = model.dynamics.fit(torch.from_numpy(goal)[None])[0]
-    motions = compute_pca(Result(model, latents))
+    # Chain A stays where it is, so that the axis is where it was built.
+    motions = compute_pca(Result(model, latents), frame="A")
     row = describe_motion(motions, percentiles=(10, 90)).iloc[0]
     expected = np.diff(np.percentile(angles, (10, 90)))[0]
     assert row["chain"] == "B" and row["seen from"] == "A"
@@ -60,6 +61,12 @@ def test_component_that_turns_b_about_a_known_axis(closed):
     assert min(between(row["axis"], AXIS), between(row["axis"], -AXIS)) < 1
     assert to_line(row["point (Å)"]) < 1
     assert row["rigid (%)"] > 99.99
+    # Other frames see the same turn, but for what is not straight.
+    for frame in ("poses", "molecule"):
+        other = describe_motion(
+            compute_pca(Result(model, latents), frame=frame), percentiles=(10, 90)
+        )
+        assert other.iloc[0]["angle (°)"] == pytest.approx(expected, abs=0.3)
     with pytest.raises(ValueError, match="expected a component from 0 to 4, got 9"):
         describe_motion(motions, 9)
 

@@ -308,6 +308,21 @@ def test_images_that_are_nan_do_not_become_a_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_batches_with_images_that_are_nan_when_asked_for():
+    """As they are, and by default not at all; without images nobody looks."""
+    stack = make()
+    pixels = stack.images.stacks[0]
+    pixels[5, 0, 0], pixels[6, 1, 1] = torch.nan, torch.inf
+    read = [batch.images for batch in stack.batches(4, require_finite=False)]
+    torch.testing.assert_close(torch.cat(read), pixels, rtol=0, atol=0, equal_nan=True)
+    rows = [batch.rows.tolist() for batch in stack.batches(4, require_finite=False)]
+    assert sum(rows, []) == list(range(len(stack)))
+    with pytest.raises(ValueError, match="expected finite pixels, got NaN or Inf in image 6"):
+        list(stack.batches(4))
+    assert len(next(stack.batches(4)).images) == 4, "those before it are read"
+    assert all(batch.images is None for batch in stack.batches(4, images=False))
+
+
 def test_paths_that_cannot_be_written(tmp_path, saved):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="expected a folder that can be written"):

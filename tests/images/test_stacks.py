@@ -164,6 +164,29 @@ def test_nan_and_inf_are_named_when_read(tmp_path, value):
         Images.in_memory(torch.from_numpy(images)).read()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # mrcfile warns as it writes them
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_read_when_asked_for(tmp_path, value):
+    """Pixel by pixel what is in the file, in the rows and with the sign that are asked for."""
+    images = np.random.default_rng(0).normal(size=(5, 8, 8)).astype(np.float32)
+    images[3, 2, 1] = value
+    stack = lazy(write(tmp_path / "a.mrcs", images))
+    for one in (stack, Images.in_memory(torch.from_numpy(images))):
+        np.testing.assert_array_equal(one.read(require_finite=False), images)
+        np.testing.assert_array_equal(one[[4, 3]].read(require_finite=False), images[[4, 3]])
+        torch.testing.assert_close(one[:3].read(require_finite=False), one[:3].read())
+    turned = Images(stack.stacks, stack.stack_index, stack.slice_index, sign=-1.0)
+    np.testing.assert_array_equal(turned.read(require_finite=False), -images)
+
+
+def test_other_faults_are_none_of_the_pixels(tmp_path):
+    """A file that is gone is no image with NaN."""
+    stack = lazy(write(tmp_path / "a.mrcs", np.zeros((5, 8, 8), dtype=np.float32)))
+    (tmp_path / "a.mrcs").unlink()
+    with pytest.raises(ValueError, match="changed or gone"):
+        stack.read(require_finite=False)
+
+
 def test_a_file_that_changed_is_not_read_as_the_old_one(tmp_path):
     path = write(tmp_path / "a.mrcs", np.zeros((5, 8, 8), dtype=np.float32))
     stack = lazy(path)

@@ -272,7 +272,9 @@ def test_encode_is_the_networks_answer_to_each_image(encoder, particles):
     assert not result.latents.requires_grad
     assert result.particles is particles and result.ids.tolist() == particles.ids.tolist()
     assert (result.kind, result.std, result.population) == ("encoded", None, None)
-    assert result.contrast == 2.0 and result.model.fingerprint == encoder.model.fingerprint
+    assert result.scale.tolist() == [2.0] * 7 and result.noise is None
+    assert result.shows_molecule.all() and result.misfit is None
+    assert result.model.fingerprint == encoder.model.fingerprint
 
 
 def test_answers_come_in_the_order_of_the_stack(encoder, particles):

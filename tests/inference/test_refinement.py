@@ -1,6 +1,7 @@
 """The refinement: against the information limit, and as a tool that is cut and resumed."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -65,14 +66,19 @@ def assert_same(a: Result, b: Result):
         (a.std, b.std),
         (a.population.mean, b.population.mean),
         (a.population.covariance, b.population.covariance),
+        (a.population.noise_spectrum, b.population.noise_spectrum),
+        (a.scale, b.scale),
+        (a.noise, b.noise),
+        (a.misfit, b.misfit),
+        (a.responsibility, b.responsibility),
     ):
-        assert torch.equal(one, other)
-    assert a.population.noise_std == b.population.noise_std
-    assert a.population.contrast == b.population.contrast
+        # Nothing is known of the noise in images that were left out.
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert a.population.description() == b.population.description()
     assert a.ids.tolist() == b.ids.tolist()
     assert a.population.fingerprint == b.population.fingerprint
     assert a.history == b.history
-    assert (a.contrast, a.kind) == (b.contrast, b.kind)
+    assert a.kind == b.kind
 
 
 # Against the limit
@@ -110,13 +116,15 @@ def pooled(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
+@pytest.mark.parametrize("frame", ["molecule", "poses"])
 @pytest.mark.parametrize("which", ["learned from", "held out"])
-def test_rmsd_is_near_the_information_limit(well_specified, which):
+def test_rmsd_is_near_the_information_limit(well_specified, which, frame):
     model, truth, *results = well_specified
     result = results[which == "held out"]
-    scores = score(result)
+    scores = score(result, frame=frame)
     particles = result.particles
-    limit = pooled(information_limit(model, particles, truth, particles.truth.latents))
+    limits = information_limit(model, particles, truth, particles.truth.latents, frame=frame)
+    limit = pooled(limits)
     assert 0.95 < scores.rmsd / limit <= 1.10, (scores, limit)
 
 
@@ -183,7 +191,9 @@ def test_large_motion_is_not_lost(pair):
 def test_brightness_of_the_images_does_not_matter(closed, small, refined):
     bright = with_images(small, 40 * small.read_images() + 7)
     result = refine(make_model(closed, small), bright[:50], blurs=BLURS, progress=False)
-    assert result.contrast / refined.contrast == pytest.approx(40, rel=1e-3)
+    for name in ("scale", "noise"):
+        ratio = getattr(result, name) / getattr(refined, name)
+        torch.testing.assert_close(ratio, torch.full((50,), 40.0), rtol=1e-3, atol=0)
     brighter, plain = result.population, refined.population
     assert brighter.contrast / plain.contrast == pytest.approx(40, rel=1e-3)
     assert brighter.noise_std / plain.noise_std == pytest.approx(40, rel=1e-3)
@@ -271,9 +281,8 @@ def test_a_given_population_is_used_and_not_changed(closed, small, refined):
     result = refine(model, small[50:], population, blurs=BLURS, progress=False)
     for after in (population, result.population):
         assert torch.equal(after.mean, mean) and torch.equal(after.covariance, covariance)
-    for name in ("noise_std", "contrast", "fingerprint"):
-        assert getattr(result.population, name) == getattr(population, name)
-    assert result.contrast == population.contrast
+    assert torch.equal(result.population.noise_spectrum, population.noise_spectrum)
+    assert result.population.description() == population.description()
 
 
 def test_held_out_particles_are_scored_by_the_others_population(closed, small, refined):
@@ -367,7 +376,7 @@ def spoil_second_look(monkeypatch, n_spoiled: int):
     def look(model, images, pose, latents, **settings):
         equations = original(model, images, pose, latents, **settings)
         if len(looks) == 1:
-            equations.residual[:n_spoiled] += 1e6
+            equations.data_power[:n_spoiled] += 1e6
         looks.append(latents.clone())
         return equations
 
@@ -463,6 +472,334 @@ def test_result_round_trip(refined, tmp_path):
         load_population(tmp_path / "result.safetensors")
 
 
+# What real particles do to it
+
+
+@pytest.fixture(scope="module")
+def parts(closed, small):
+    """Signal and noise of `small`, whose sum it is."""
+    clean = simulate_particles(
+        closed,
+        70,
+        dynamics=Dynamics(closed, compute_modes(closed, 2)),
+        latents=small.truth.latents,
+        box_size=32,
+        snr_db=math.inf,
+        shift_std=2.0,
+        seed=2,
+        progress=False,
+    )
+    signal = clean.read_images()
+    noise = small.read_images() - signal
+    assert float(noise.std()) == pytest.approx(small.truth.noise_std, rel=0.01)
+    return signal, noise
+
+
+@pytest.fixture(scope="module")
+def factors():
+    """From ½ to 2, one a particle."""
+    generator = torch.Generator().manual_seed(5)
+    return 2 ** (2 * torch.rand(70, generator=generator) - 1)
+
+
+def of(closed, particles, rows=slice(50), **settings) -> Result:
+    settings = {"blurs": BLURS, "progress": False} | settings
+    return refine(make_model(closed, particles), particles[rows], **settings)
+
+
+def apart(one: Result, other: Result) -> torch.Tensor:
+    """(n,) RMS Å between conformations."""
+    return rmsd(one.decode().double(), other.decode().double())
+
+
+def pooled_apart(one: Result, other: Result) -> float:
+    return float(apart(one, other).square().mean().sqrt())
+
+
+def log_error(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (got / expected).log()
+
+
+def test_equal_particles_have_equal_brightness_and_noise(small, refined):
+    """Scales are known to 0.3 % when they are all the same, and the noise to 1 %."""
+    assert float(log_error(refined.scale, refined.scale.mean()).std()) < 0.01
+    assert float(log_error(refined.noise, torch.tensor(small.truth.noise_std)).abs().max()) < 0.05
+    assert refined.shows_molecule.all() and (refined.responsibility > 0.99).all()
+    assert float(refined.misfit.median()) == pytest.approx(1.0, abs=0.2)
+    population = refined.population
+    assert population.contrast_spread < 0.02 and population.junk_share < 0.01
+    pixels = torch.ones(17).double()
+    assert population.noise_spectrum.shape == pixels.shape
+    assert float((population.noise_spectrum - 1).abs().max()) < 0.4
+
+
+@pytest.mark.parametrize("what", ["image", "signal"])
+def test_brightness_of_each_particle_is_found(closed, small, refined, parts, factors, what):
+    """And conformations are found as if all particles were as bright."""
+    signal, noise = parts
+    scale = factors[:, None, None]
+    images = scale * signal + (scale * noise if what == "image" else noise)
+    particles = replace(small, images=images)
+    result = of(closed, particles)
+    error = log_error(result.scale, factors[:50])
+    # At 3 dB and 32 px 0.025, and at most 0.08.
+    assert float(error.square().mean().sqrt()) < 0.05
+    assert float(error.abs().max()) < 0.1
+    expected = float(factors[:50].log().std())
+    assert result.population.contrast_spread == pytest.approx(expected, rel=0.15)
+    assert result.shows_molecule.all()
+    if what == "image":
+        assert pooled_apart(result, refined) < 0.15
+        torch.testing.assert_close(result.std, refined.std, rtol=0.25, atol=0)
+        assert float(log_error(result.noise / refined.noise, factors[:50]).abs().max()) < 0.1
+    assert score(result).explained_motion > score(refined).explained_motion - 0.05
+
+
+def test_noise_of_each_particle_is_found(closed, small, refined, parts, factors):
+    signal, noise = parts
+    particles = replace(small, images=signal + factors[:, None, None] * noise)
+    result = of(closed, particles)
+    error = log_error(result.noise, small.truth.noise_std * factors[:50])
+    # As well as 1023 pixels tell, 0.022.
+    assert float(error.square().mean().sqrt()) < 0.03
+    assert float(error.abs().max()) < 0.1
+    assert abs(float(error.mean())) < 0.02
+    assert result.shows_molecule.all()
+    assert result.population.noise_pixels < 10, "particles hardly tell each other's noise"
+    assert result.population.noise_std == pytest.approx(
+        small.truth.noise_std * float(factors[:50].median()), rel=0.1
+    )
+    # Clear images are known better, and noisy ones less well.
+    clear = factors[:50] < 0.7
+    assert float((result.std / refined.std)[clear].mean()) < 0.9
+    assert float((result.std / refined.std)[factors[:50] > 1.4].mean()) > 1.1
+    assert score(result).explained_motion > score(refined).explained_motion - 0.08
+
+
+def test_coloured_noise_is_learned(closed, small, parts):
+    """1/f noise: as strong at each ring of frequencies as it was made."""
+    frequency = np.fft.fftfreq(32, 1 / 32)
+    radius = torch.from_numpy(np.hypot(frequency[:, None], frequency[None, :17])).float()
+    signal, noise = parts
+    filtered = torch.fft.irfft2(torch.fft.rfft2(noise) * radius.clamp_min(1) ** -0.5, s=(32, 32))
+    particles = replace(small, images=signal + filtered * noise.std() / filtered.std())
+    result = of(closed, particles, slice(70))
+    rings = torch.arange(1, 16).double()
+    slope = np.polyfit(rings.log(), result.population.noise_spectrum[1:16].log(), 1)[0]
+    assert slope == pytest.approx(-1.0, abs=0.15)
+    assert score(result).explained_motion > 0.6
+    assert result.population.noise_std == pytest.approx(small.truth.noise_std, rel=0.05)
+    # A particle's own noise is relative to the spectrum.
+    assert float(log_error(result.noise, torch.tensor(small.truth.noise_std)).abs().max()) < 0.1
+
+
+def area_under_curve(good: torch.Tensor, bad: torch.Tensor) -> float:
+    """Probability that a good particle has more than a bad one."""
+    more = (good[:, None] > bad[None]).double() + 0.5 * (good[:, None] == bad[None]).double()
+    return float(more.mean())
+
+
+@pytest.mark.parametrize("strength", ["of the noise", "of the images"])
+def test_images_of_noise_are_told_from_molecules(closed, small, parts, strength):
+    """A quarter of them; the others and the population are found as without."""
+    junk = torch.arange(70) % 4 == 1
+    images = small.read_images()
+    generator = torch.Generator().manual_seed(8)
+    noise = torch.randn(int(junk.sum()), 32, 32, generator=generator)
+    noise_std = parts[1].std() if strength == "of the noise" else images.std()
+    images[junk] = noise_std * noise
+    result = of(closed, replace(small, images=images), slice(70))
+    without = of(closed, small, (~junk).nonzero().squeeze(1))
+    good, bad = result.responsibility[~junk], result.responsibility[junk]
+    assert area_under_curve(good, bad) > 0.98
+    assert result.shows_molecule.tolist() == (~junk).tolist()
+    spread, expected = (
+        float(one.population.covariance.diagonal().sum().sqrt()) for one in (result, without)
+    )
+    assert spread == pytest.approx(expected, rel=0.1)
+    off = (result.population.mean - without.population.mean).abs()
+    assert float(off.max()) < 0.1
+    assert pooled_apart(result[~junk], without) < 0.2
+    assert result.population.junk_share == pytest.approx(float(junk.double().mean()), abs=0.01)
+    assert result.population.contrast == pytest.approx(without.population.contrast, rel=0.02)
+    assert f"{int(junk.sum())} flagged as junk" in repr(result)
+    assert result.history[-1]["junk"] == pytest.approx(float(junk.double().mean()), abs=0.01)
+    # With the population given too, as of held-out particles.
+    held_out = of(closed, replace(small, images=images), slice(70), population=result.population)
+    assert held_out.shows_molecule.tolist() == (~junk).tolist()
+
+
+def make_bright(images):
+    images[7] *= 100
+
+
+def make_hot(images):
+    images[7, 5, 9] = 1e6
+
+
+@pytest.mark.parametrize("damage", [make_bright, make_hot])
+def test_one_image_does_not_move_the_others(closed, small, refined, damage):
+    """100 times as bright, or with one hot pixel: 0.03 Å at most from what they are without it."""
+    others = np.setdiff1d(np.arange(50), [7])
+    without = of(closed, small, others)
+    images = small.read_images()
+    damage(images)
+    result = of(closed, replace(small, images=images))
+    # A bright image is a particle like any other, a hot one is none.
+    is_particle = damage is make_bright
+    expected = refined[others] if is_particle else without
+    assert pooled_apart(result[others], expected) < 0.05
+    assert float(apart(result[others], expected).max()) < 0.15
+    assert result.shows_molecule[others].all() and result.shows_molecule[7] == is_particle
+    for name in ("contrast", "noise_std"):
+        got, before = (getattr(one.population, name) for one in (result, expected))
+        assert got == pytest.approx(before, rel=0.01), name
+    if is_particle:
+        assert float(result.scale[7] / refined.scale[7]) == pytest.approx(100, rel=0.1)
+        assert float(apart(result[[7]], refined[[7]])) < 0.3
+
+
+UNUSABLE = [3, 20, 31, 44]
+
+
+@pytest.fixture(scope="module")
+def spoiled(small) -> ParticleStack:
+    """All-zero, constant, NaN and Inf."""
+    images = small.read_images()
+    images[3], images[20] = 0.0, 17.0
+    images[31, 4, 4] = math.nan
+    images[44, 31, 0] = math.inf
+    return with_images(small, images)
+
+
+@pytest.fixture(scope="module")
+def of_spoiled(closed, spoiled):
+    with pytest.warns(UserWarning, match="images are left out") as caught:
+        result = of(closed, spoiled)
+    return result, caught
+
+
+def test_images_that_are_no_images_are_left_out(closed, small, spoiled, of_spoiled):
+    """One warning says which; the others are as without them, to the last bit."""
+    result, caught = of_spoiled
+    assert len(caught) == 1 and caught[0].filename == __file__, "it points at the caller"
+    message = str(caught[0].message)
+    assert "4 of 50 images are left out: 2 hold NaN or Inf, 2 are constant" in message
+    for row in (3, 20, 31):
+        assert f"{small.ids[row]} (row {row})" in message
+    assert "and 1 more" in message
+    rows, usable = UNUSABLE, np.setdiff1d(np.arange(50), UNUSABLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without = of(closed, small, usable)
+    assert_same_rows(result, usable, without)
+    assert_same_population(result, without)
+    mean = result.population.mean.float().expand(4, -1)
+    spread = result.population.covariance.diagonal().sqrt().float().expand(4, -1)
+    torch.testing.assert_close(result.latents[rows], mean)
+    torch.testing.assert_close(result.std[rows], spread)
+    assert result.responsibility[rows].tolist() == [0.0] * 4
+    assert result.scale[rows].tolist() == pytest.approx([result.population.contrast] * 4)
+    assert result.noise[rows].isnan().all() and result.misfit[rows].isnan().all()
+    assert "4 flagged as junk" in repr(result) and result.ids.tolist() == small.ids[:50].tolist()
+    assert result.noise[usable].isfinite().all()
+
+
+def assert_same_rows(result, rows, other):
+    for name in ("latents", "std", "scale", "noise", "misfit", "responsibility"):
+        assert torch.equal(getattr(result, name)[rows], getattr(other, name)), name
+
+
+def assert_same_population(result, other):
+    assert torch.equal(result.population.mean, other.population.mean)
+    assert torch.equal(result.population.covariance, other.population.covariance)
+    assert result.population.description() == other.population.description()
+
+
+def test_what_is_not_known_of_them_is_what_is_known_of_all(of_spoiled):
+    """Their posterior covariance is finite and no wider than the population's."""
+    result, _ = of_spoiled
+    covariance = posterior_covariance(result, [3, 31])
+    assert covariance.isfinite().all() and torch.linalg.eigvalsh(covariance).min() > 0
+
+
+def test_they_are_kept_in_files(of_spoiled, tmp_path):
+    result, _ = of_spoiled
+    result.save(tmp_path / "r.safetensors")
+    assert_same(load_result(tmp_path / "r.safetensors"), result)
+
+
+def test_a_start_is_one_of_the_particles_that_are_left(closed, small, spoiled):
+    """Rows of the start stay those of their particles."""
+    start = small.truth.latents[:50]
+    usable = np.setdiff1d(np.arange(50), UNUSABLE)
+    with pytest.warns(UserWarning, match="4 of 50 images are left out"):
+        result = of(closed, spoiled, start=start, blurs=(0.0,))
+    without = of(closed, small, usable, start=start[usable], blurs=(0.0,))
+    assert_same_rows(result, usable, without)
+
+
+def test_held_out_particles_may_be_no_images_too(closed, small, spoiled, refined):
+    usable = np.setdiff1d(np.arange(50), UNUSABLE)
+    with pytest.warns(UserWarning, match="4 of 50 images are left out"):
+        result = of(closed, spoiled, population=refined.population)
+    without = of(closed, small, usable, population=refined.population)
+    assert_same_rows(result, usable, without)
+    assert result.responsibility[UNUSABLE].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("n_looks", [4, 13])
+def test_a_run_with_them_that_was_cut_goes_on(closed, spoiled, of_spoiled, tmp_path, n_looks):
+    settings = {"batch_size": 13, "checkpoint": tmp_path / "run.safetensors"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_after(patch, n_looks)
+        with pytest.warns(UserWarning, match="4 of 50 images"):
+            of(closed, spoiled, **settings)
+    with pytest.warns(UserWarning, match="4 of 50 images"):
+        whole = of(closed, spoiled, batch_size=13)
+    with pytest.warns(UserWarning, match="4 of 50 images"):
+        resumed = of(closed, spoiled, **settings)
+    assert_same(resumed, whole)
+
+
+def test_images_of_which_none_is_one(closed, small):
+    images = torch.zeros(70, 32, 32)
+    images[:40] = math.nan
+    sentence = "expected images, got 50 that are constant or hold NaN or Inf; try"
+    with pytest.raises(ValueError, match=sentence):
+        of(closed, with_images(small, images))
+
+
+def test_images_of_nothing_but_noise(closed, small, parts, refined):
+    """No population is learned from them; with one that is known, all are junk."""
+    noise = with_images(small, parts[1])
+    sentence = r"got 50 that look like noise to it \(.* standard deviations\); try other poses"
+    with pytest.raises(ValueError, match=sentence):
+        of(closed, noise)
+    result = of(closed, noise, population=refined.population)
+    assert not result.shows_molecule.any() and result.latents.isfinite().all()
+
+
+def test_a_run_resumes_with_all_that_it_knew_of_each_particle(
+    closed, small, parts, factors, tmp_path
+):
+    """Brightness, noise, spectrum and responsibility that differ between particles."""
+    signal, noise = parts
+    images = factors[:, None, None] * signal + factors.flip(0)[:, None, None] * noise
+    images[::5] = noise[::5]
+    particles = replace(small, images=images)
+    settings = {"batch_size": 13, "rows": slice(40)}
+    whole = of(closed, particles, **settings)
+    assert 0 < (~whole.shows_molecule).sum() < 40
+    checkpoint = tmp_path / "run.safetensors"
+    for n_looks in (5, 12):
+        checkpoint.unlink(missing_ok=True)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            cut_after(patch, n_looks)
+            of(closed, particles, checkpoint=checkpoint, **settings)
+        assert_same(of(closed, particles, checkpoint=checkpoint, **settings), whole)
+
+
 # Bad input
 
 
@@ -489,16 +826,6 @@ def test_start_of_another_shape(closed, small):
 
 def with_images(particles, images) -> ParticleStack:
     return replace(particles, images=images, truth=None)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_images_that_are_not_numbers(closed, small, value):
-    images = small[:5].read_images()
-    images[2, 3, 4] = value
-    with pytest.raises(ValueError, match="expected finite pixels, got NaN or Inf in image"):
-        refine(
-            make_model(closed, small), with_images(small[:5], images), blurs=(0.0,), progress=False
-        )
 
 
 def test_protein_dark_images(closed, small):

@@ -22,6 +22,8 @@ from cryochains.molecule import compute_modes, load_structure
 N = 40
 # Of the images over the model's.
 BRIGHTNESS = 30.0
+# What is known of each particle besides its latents.
+COLUMNS = ("scale", "noise", "misfit", "responsibility")
 BODIES = {
     "front": "chain A or chain B and resnum 1 to 120",
     "back": "chain B and resnum 121 to 900",
@@ -101,13 +103,19 @@ def assert_same(a: Result, b: Result):
     assert (a.std is None) == (b.std is None) and (a.std is None or torch.equal(a.std, b.std))
     assert a.ids.tolist() == b.ids.tolist()
     assert [*map(type, a.ids)] == [*map(type, b.ids)]
-    assert (a.contrast, a.history, a.kind) == (b.contrast, b.history, b.kind)
+    assert (a.history, a.kind) == (b.history, b.kind)
+    for name in COLUMNS:
+        one, other = getattr(a, name), getattr(b, name)
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=name)
     assert a.model.fingerprint == b.model.fingerprint
     if a.population is None:
         assert b.population is None
         return
     assert torch.equal(a.population.mean, b.population.mean)
     assert torch.equal(a.population.covariance, b.population.covariance)
+    assert torch.equal(a.population.noise_spectrum, b.population.noise_spectrum)
     assert a.population.description() == b.population.description()
 
 
@@ -126,6 +134,8 @@ drawn = model.render(result.latents, *batch.pose)
 np.savez(
     sys.argv[2],
     latents=result.latents, std=result.std, mean=population.mean,
+    scale=result.scale, noise=result.noise, misfit=result.misfit,
+    responsibility=result.responsibility, spectrum=population.noise_spectrum,
     covariance=population.covariance, all_atoms=structure.atoms.getCoords(),
     betas=structure.atoms.getBetas(), coords=structure.coords, origin=structure.origin,
     weights=structure.weights, chain_index=structure.chain_index,
@@ -138,7 +148,7 @@ atoms = structure.atoms
 names = [atoms.getNames(), atoms.getResnames(), atoms.getChids(), atoms.getIcodes()]
 print(json.dumps({
     "ids": result.ids.tolist(), "history": list(result.history), "kind": result.kind,
-    "contrast": result.contrast, "population": population.description(),
+    "population": population.description(),
     "names": [part.tolist() for part in names], "chain_ids": structure.chain_ids,
     "name": structure.name, "fingerprint": model.fingerprint, "star": result.particles.source,
     "resnums": atoms.getResnums().tolist(), "elements": atoms.getElements().tolist(),
@@ -166,6 +176,11 @@ def test_a_fresh_interpreter_sees_all_of_it(result, from_outside, folder):
     for name, expected in {
         "latents": result.latents,
         "std": result.std,
+        "scale": result.scale,
+        "noise": result.noise,
+        "misfit": result.misfit,
+        "responsibility": result.responsibility,
+        "spectrum": population.noise_spectrum,
         "mean": population.mean,
         "covariance": population.covariance,
         "all_atoms": atoms.getCoords(),
@@ -184,7 +199,7 @@ def test_a_fresh_interpreter_sees_all_of_it(result, from_outside, folder):
     np.testing.assert_allclose(arrays["decoded"], decoded, rtol=0, atol=1e-4)
     assert decoded.shape[1] > structure.n_atoms
     assert texts["ids"] == result.ids.tolist()
-    assert (texts["kind"], texts["contrast"]) == ("refined", result.contrast)
+    assert texts["kind"] == "refined"
     assert texts["history"] == list(result.history) and len(result.history) >= 4
     assert texts["population"] == population.description()
     assert texts["fingerprint"] == model.fingerprint
@@ -206,10 +221,10 @@ def correlations(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def test_no_shape_of_the_molecule_is_left_in_the_residual(from_outside):
-    """README's check for wrong poses: images minus contrast × model, in a fresh interpreter."""
-    texts, arrays = from_outside
-    assert texts["contrast"] == pytest.approx(BRIGHTNESS, rel=0.1)
-    residual = arrays["images"] - texts["contrast"] * arrays["drawn"]
+    """README's check for wrong poses: images minus scale × model, in a fresh interpreter."""
+    _, arrays = from_outside
+    np.testing.assert_allclose(arrays["scale"], BRIGHTNESS, rtol=0.1)
+    residual = arrays["images"] - arrays["scale"][:, None, None] * arrays["drawn"]
     left = correlations(residual, arrays["drawn"])
     assert abs(left.mean()) < 0.05, left
     # It would be seen: the images themselves, and with the brightness forgotten.
@@ -232,11 +247,14 @@ def test_it_is_small_and_holds_no_image(result, folder):
 def test_round_trip_without_std_population_or_particles(tmp_path, quiet, atoms, modes):
     structure = load_structure("glua3-open", atoms=atoms)
     model = Model(structure, modes=modes, translation=False, box_size=32, pixel_size=5.0)
-    result = Result(model, torch.randn(3, model.n_latents), contrast=1 / 3, history=[{"a": 0.1}])
+    scale = torch.tensor([1 / 3, 1.0, 40.0])
+    result = Result(model, torch.randn(3, model.n_latents), scale=scale, history=[{"a": 0.1}])
     result.save(tmp_path / "r.safetensors")
     loaded = load_result(tmp_path / "r.safetensors")
     assert_same(loaded, result)
     assert loaded.std is None and loaded.population is None and loaded.particles is None
+    assert torch.equal(loaded.scale, scale)
+    assert loaded.noise is None and loaded.misfit is None and loaded.responsibility is None
     assert torch.equal(loaded.decode(), result.decode())
 
 
@@ -488,10 +506,17 @@ def test_files_of_another_kind(result, tmp_path):
         load_result(path)
 
 
+# Results may be without them.
+OPTIONAL_TENSORS = {"std", *COLUMNS, "population/noise_spectrum"}
+# And populations of an earlier version are without these.
+OPTIONAL_NUMBERS = {"contrast_spread", "noise_pixels", "junk_share"}
+
+
 def test_each_tensor_that_is_missing(whole, tmp_path):
     tensors, meta = whole
     path = tmp_path / "less.safetensors"
-    for name in tensors.keys() - {"std"}:
+    assert tensors.keys() > OPTIONAL_TENSORS
+    for name in tensors.keys() - OPTIONAL_TENSORS:
         save_tensors(path, {k: v for k, v in tensors.items() if k != name}, meta)
         assert "damaged" in assert_one_sentence(path), name
 
@@ -503,17 +528,33 @@ def test_each_part_of_the_description_that_is_missing(whole, tmp_path):
         save_tensors(path, tensors, {k: v for k, v in meta.items() if k != name})
         assert_one_sentence(path)
     for part in ("model", "population"):
-        for name in meta[part]:
+        for name in meta[part].keys() - OPTIONAL_NUMBERS:
             less = {k: v for k, v in meta[part].items() if k != name}
             save_tensors(path, tensors, meta | {part: less})
             assert "damaged" in assert_one_sentence(path), name
 
 
+def test_what_may_be_missing(whole, result, tmp_path):
+    """Nothing is known of it then, and the rest is as it was."""
+    tensors, meta = whole
+    path = tmp_path / "less.safetensors"
+    numbers = {k: v for k, v in meta["population"].items() if k not in OPTIONAL_NUMBERS}
+    kept = {k: v for k, v in tensors.items() if k not in OPTIONAL_TENSORS}
+    save_tensors(path, kept, meta | {"population": numbers})
+    loaded = load_result(path)
+    assert torch.equal(loaded.latents, result.latents) and loaded.std is None
+    assert loaded.noise is None and loaded.misfit is None and loaded.responsibility is None
+    assert loaded.scale.tolist() == pytest.approx([result.population.contrast] * 30)
+    assert loaded.shows_molecule.all() and loaded.shows_molecule.dtype == bool
+    assert loaded.population.noise_spectrum is None and loaded.population.junk_share == 0.02
+    assert loaded.population.noise_std == result.population.noise_std
+
+
 WRONG = [
     (part, value)
-    for part in ("model", "population", "history", "contrast", "answer")
+    for part in ("model", "population", "history", "answer")
     for value in (None, 7, "text", [3], {"a": 1})
-    if (part, value) not in (("contrast", 7), ("population", None))
+    if (part, value) != ("population", None)
 ]
 
 
@@ -531,6 +572,12 @@ def test_parts_of_the_description_that_are_something_else(whole, tmp_path, part,
         {"latents": torch.zeros(30)},
         {"latents": torch.zeros(29, 15)},
         {"std": torch.zeros(29, 15)},
+        {"scale": torch.ones(29)},
+        {"scale": torch.ones(30, 1)},
+        {"scale": torch.zeros(30)},
+        {"noise": torch.ones(31)},
+        {"misfit": torch.tensor(1.0)},
+        {"responsibility": torch.ones(1, 30)},
         {"ids": torch.tensor([1, 2], dtype=torch.uint8)},
         {"ids": torch.zeros(3)},
         {"population/mean": torch.zeros(4)},
@@ -562,11 +609,10 @@ def test_rows_are_those_of_everything(result, rows):
     assert part.particles.ids.tolist() == part.ids.tolist()
     assert torch.equal(part.particles.rotations, result.particles.rotations[expected])
     assert part.model is result.model and part.population is result.population
-    assert (part.contrast, part.history, part.kind) == (
-        result.contrast,
-        result.history,
-        result.kind,
-    )
+    assert (part.history, part.kind) == (result.history, result.kind)
+    for name in COLUMNS:
+        assert torch.equal(getattr(part, name), getattr(result, name)[expected]), name
+    assert part.shows_molecule.tolist() == result.shows_molecule[expected].tolist()
     assert torch.equal(part.decode(), result.decode(rows))
 
 
@@ -600,19 +646,80 @@ def test_it_is_frozen_and_plain(result, in_memory):
 def test_repr_is_short(result):
     text = repr(result)
     assert "30 particles, refined" in text and "15 latents" in text and "\n" not in text
+    assert "junk" not in text, "there is none"
 
 
-# One brightness, and particles that are known by more than their ids
+def test_repr_counts_what_is_no_molecule(in_memory):
+    responsibility = torch.ones(N)
+    responsibility[[3, 5, 8]] = torch.tensor([0.0, 0.49, 0.5])
+    result = replace(in_memory, responsibility=responsibility)
+    assert "40 particles, encoded" in repr(result) and "3 flagged as junk" in repr(result)
+    assert result.shows_molecule.dtype == bool
+    assert np.flatnonzero(~result.shows_molecule).tolist() == [3, 5, 8]
+    assert "1 flagged as junk" in repr(result[[3, 4]]) and "junk" not in repr(result[:3])
+    unknown = replace(result, responsibility=None)
+    assert unknown.shows_molecule.all() and len(unknown.shows_molecule) == N
+    assert "junk" not in repr(unknown)
+
+
+# What is known of each particle
+
+
+def test_columns_are_those_of_the_particles(result):
+    for name in COLUMNS:
+        values = getattr(result, name)
+        assert values.shape == (30,) and values.dtype == torch.float32, name
+        assert values.isfinite().all() and not values.requires_grad, name
 
 
 def test_a_result_made_by_hand_has_the_brightness_of_its_population(result):
     again = Result(result.model, result.latents, result.std, result.population, result.particles)
-    assert again.contrast == result.population.contrast == result.contrast
-    with pytest.raises(ValueError, match="expected the population's contrast .* try leaving it"):
-        replace(result, contrast=2 * result.contrast)
-    for contrast in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="expected a positive contrast, got"):
-            Result(result.model, result.latents, contrast=contrast)
+    assert again.scale.tolist() == pytest.approx([result.population.contrast] * 30)
+    assert again.noise is None and again.misfit is None and again.responsibility is None
+    alone = Result(result.model, result.latents)
+    assert alone.scale.tolist() == [1.0] * 30
+    assert again[:2].scale.shape == (2,) and again[:2].noise is None
+
+
+def test_scales_are_positive(result):
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        scale = torch.ones(30)
+        scale[7] = value
+        with pytest.raises(ValueError, match="expected positive scales, got .* try scale=None"):
+            Result(result.model, result.latents, scale=scale)
+        with pytest.raises(ValueError, match="expected positive .*contrast.*, got .* try "):
+            replace(result, scale=None, population=replace(result.population, contrast=value))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("shape", [(29,), (31,), (30, 1), (), (0,)])
+def test_columns_of_another_length(result, name, shape):
+    sentence = rf"expected {name} \(30,\), one number a particle, got .*; try {name}=None"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        replace(result, **{name: torch.ones(shape)})
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_go_through_files(in_memory, tmp_path):
+    """NaN too, where nothing is known; plain arrays are as good as tensors."""
+    rng = np.random.default_rng(0)
+    columns = {name: rng.uniform(0.1, 2.0, N) for name in COLUMNS}
+    columns["noise"][[3, 7]] = columns["misfit"][[3, 7]] = np.nan
+    columns["responsibility"] = np.linspace(0, 1, N)
+    result = replace(in_memory, **columns)
+    result.save(tmp_path / "r.safetensors")
+    loaded = load_result(tmp_path / "r.safetensors")
+    assert_same(loaded, result)
+    for name, values in columns.items():
+        np.testing.assert_allclose(getattr(loaded, name), values, rtol=1e-6, err_msg=name)
+    assert loaded.shows_molecule.tolist() == (columns["responsibility"] > 0.5).tolist()
+    part = result[[7, 1]]
+    part.save(tmp_path / "part.safetensors")
+    assert_same(load_result(tmp_path / "part.safetensors"), part)
+    assert part.noise.isnan().tolist() == [True, False]
+
+
+# Particles that are known by more than their ids
 
 
 def test_other_particles_with_the_same_ids_are_refused(in_memory):

@@ -18,7 +18,15 @@ from cryochains.inference import (
     true_latents,
     true_population,
 )
-from cryochains.model import Dynamics, Model, simulate_particles
+from cryochains.model import (
+    Dynamics,
+    Model,
+    frame_jacobian,
+    in_frame,
+    rotvec_to_matrix,
+    simulate_particles,
+    superposed,
+)
 from cryochains.molecule import compute_modes, morph
 
 N = 40
@@ -66,8 +74,8 @@ def with_noise(particles, factor):
     return replace(particles, truth=replace(truth, noise_std=factor * truth.noise_std))
 
 
-def score_latents(model, latents, particles) -> Scores:
-    return score(Result(model, latents, particles=particles))
+def score_latents(model, latents, particles, frame=None) -> Scores:
+    return score(Result(model, latents, particles=particles), frame=frame)
 
 
 def pooled(values) -> float:
@@ -115,15 +123,58 @@ def test_mean_conformation_scores_zero(closed):
     assert shrunk.explained_motion == pytest.approx(0.75, abs=1e-3)
 
 
-def test_scores_agree_with_each_other(model, dynamics, particles):
+@pytest.mark.parametrize("frame", ["molecule", "poses"])
+def test_scores_agree_with_each_other(model, dynamics, particles, frame):
     latents = particles.truth.latents + 0.3 * torch.randn(N, dynamics.n_latents)
-    scores = score_latents(model, latents, particles)
+    scores = score_latents(model, latents, particles, frame)
     assert scores.explained_motion == pytest.approx(1 - (scores.rmsd / scores.mean_rmsd) ** 2)
     assert scores.rmsd == pytest.approx(pooled(scores.rmsd_per_particle))
     assert scores.mean_rmsd == pytest.approx(pooled(scores.mean_rmsd_per_particle))
-    expected = rmsd(dynamics.decode(latents), dynamics.decode(particles.truth.latents))
+    coords, truth = dynamics.decode(latents), dynamics.decode(particles.truth.latents)
+    if frame == "molecule":
+        coords, truth = superposed(dynamics, coords), superposed(dynamics, truth)
+    expected = rmsd(coords, truth)
     np.testing.assert_allclose(scores.rmsd_per_particle, expected, rtol=1e-4)
     assert f"{scores.rmsd:.2f} Å" in repr(scores) and "explained motion" in repr(scores)
+    assert scores.frame == frame and f"frame of the {frame}" in repr(scores)
+
+
+def test_a_pose_is_no_error_in_the_frame_of_the_molecule(model, dynamics, particles):
+    """Conformations that are right and stand at a wrong pose, each at another."""
+    generator = torch.Generator().manual_seed(0)
+    turns = rotvec_to_matrix(0.05 * torch.randn(N, 3, generator=generator, dtype=torch.float64))
+    shifts = 2 * torch.randn(N, 1, 3, generator=generator, dtype=torch.float64)
+    coords = dynamics.decode(particles.truth.latents.double())
+    result = Result(model, dynamics.fit(coords @ turns.mT + shifts), particles=particles)
+    right = score(result)
+    assert right.frame == "molecule" and right.rmsd < 0.01 and right.explained_motion > 0.999
+    wrong = score(result, frame="poses")
+    assert wrong.frame == "poses" and wrong.rmsd > 3 and wrong.explained_motion < 0
+    # The same in whichever frame the result is.
+    for other in (result.in_frame(), result.in_frame("A")):
+        assert score(other).rmsd == right.rmsd
+        assert score(other, frame="poses").rmsd == wrong.rmsd
+
+
+def test_models_of_one_frame_are_scored_in_it(closed, particles):
+    model = Model(closed, particles, modes=3, rotation=False)
+    result = Result(model, torch.zeros(N, model.n_latents), particles=particles)
+    assert score(result).frame == "poses"
+    # Coordinates can be superposed all the same, which compares it with other models.
+    whole = Model(closed, particles, modes=3)
+    still = score_latents(whole, torch.zeros(N, whole.n_latents), particles)
+    assert score(result, frame="molecule").rmsd == pytest.approx(still.rmsd)
+    with pytest.raises(ValueError, match="expected a model whose chains turn and shift"):
+        information_limit(model, particles, frame="molecule")
+
+
+def test_chains_are_no_frame_to_score_in(model, particles):
+    latents = particles.truth.latents
+    sentence = "expected the frame 'molecule' or 'poses', got 'A'; try 'molecule'"
+    with pytest.raises(ValueError, match=sentence):
+        score_latents(model, latents, particles, "A")
+    with pytest.raises(ValueError, match=sentence):
+        information_limit(model, particles, frame="A")
 
 
 def test_scores_follow_the_rows(model, particles):
@@ -256,21 +307,36 @@ def test_true_population_is_that_of_the_latents(model, particles, morphing):
 # The limit
 
 
-def test_limit_grows_with_noise_from_nothing_to_the_prior(model, dynamics, particles):
+@pytest.mark.parametrize("frame", ["molecule", "poses"])
+def test_limit_grows_with_noise_from_nothing_to_the_prior(model, dynamics, particles, frame):
     population = true_population(model, particles)
     limits = []
     for factor in (1e-3, 0.1, 1.0, 10.0, 1e4):
         noisy = replace(population, noise_std=factor * population.noise_std)
-        limits.append(information_limit(model, particles, noisy))
+        limits.append(information_limit(model, particles, noisy, frame=frame))
         assert limits[-1].shape == (N,) and np.isfinite(limits[-1]).all()
     pairs = zip(limits[:-1], limits[1:], strict=True)
     assert all((less < more).all() for less, more in pairs)
     # Shifts along the beam stay hidden at any noise, so the first is small and not zero.
     assert pooled(limits[0]) < 0.8 * pooled(limits[2])
-    gram = dynamics.gram(particles.truth.latents).double()
-    squares = (gram * population.covariance).sum((1, 2)).numpy()
+    latents = particles.truth.latents.double()
+    covariance = population.covariance
+    if frame == "molecule":
+        jacobian = frame_jacobian(dynamics, latents).latents
+        covariance = jacobian @ covariance @ jacobian.mT
+        latents = in_frame(dynamics, latents).latents
+    squares = (dynamics.gram(latents) * covariance).sum((1, 2)).numpy()
     prior = np.sqrt(squares / dynamics.structure.n_atoms)
     np.testing.assert_allclose(limits[-1], prior, rtol=1e-3)
+
+
+def test_what_is_not_known_of_the_pose_does_not_count_in_the_molecule(model, particles):
+    """The less is known, the more of it is pose: shifts of both chains along the beam, say."""
+    limits = {
+        frame: information_limit(model, particles, frame=frame) for frame in ("molecule", "poses")
+    }
+    assert (limits["molecule"] < limits["poses"]).all()
+    np.testing.assert_array_equal(information_limit(model, particles), limits["molecule"])
 
 
 def test_limit_is_zero_without_noise_for_what_is_seen(closed, particles):

@@ -295,45 +295,6 @@ def test_gradient_at_zero_is_finite_in_float32(whole):
     assert torch.isfinite(gradient).all() and (gradient.abs() > 0).any()
 
 
-# Seen from one chain
-
-
-@pytest.mark.parametrize("chain", ["A", "B"])
-def test_seen_from_a_chain_only_the_pose_differs(dynamics, small, chain):
-    latents = random_latents(dynamics, 4, 2.0)
-    seen = dynamics.relative_to(latents, chain)
-    layout = dynamics.chains[small.chain_ids.index(chain)]
-    assert (
-        seen[:, layout.rotation].abs().max() < 1e-5
-        and seen[:, layout.translation].abs().max() < 1e-5
-    )
-    torch.testing.assert_close(seen[:, layout.mode], latents[:, layout.mode])
-    before, after = dynamics.decode(latents), dynamics.decode(seen)
-    torch.testing.assert_close(
-        torch.cdist(after, after), torch.cdist(before, before), rtol=0, atol=1e-3
-    )
-    torch.testing.assert_close(dynamics.relative_to(seen, chain), seen, rtol=0, atol=1e-4)
-
-
-def test_a_motion_that_all_chains_share_vanishes(dynamics, small):
-    """The whole molecule turned and shifted is the reference, seen from either chain."""
-    turn = roma.rotvec_to_rotmat(torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64))
-    coords = torch.from_numpy(small.coords) @ turn.T + torch.tensor([5.0, -3.0, 2.0])
-    latents = dynamics.fit(coords[None]).double()
-    assert latents.abs().max() > 1.0
-    for chain in small.chain_ids:
-        assert dynamics.relative_to(latents, chain).abs().max() < 1e-3
-
-
-def test_seen_from_a_chain_that_is_not_there(dynamics, small):
-    with pytest.raises(ValueError, match="expected a chain of A, B, got 'Q'"):
-        dynamics.relative_to(random_latents(dynamics, 1), "Q")
-    for switches in ({"rotation": False}, {"translation": False}):
-        other = Dynamics(small, **switches)
-        with pytest.raises(ValueError, match="expected a model whose chains turn and shift"):
-            other.relative_to(random_latents(other, 1), "A")
-
-
 # Sets of atoms
 
 

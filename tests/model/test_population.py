@@ -1,6 +1,8 @@
 """What particles share: the elastic prior and its shrinkage."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from cryochains.model import (
     Population,
     elastic_prior,
     elastic_variance,
+    load_population,
     mode_limit,
     shrink_covariance,
 )
@@ -142,3 +145,50 @@ def test_description_and_tensors_restore_it(closed):
     assert torch.equal(again.covariance, population.covariance)
     assert (again.noise_std, again.contrast) == (0.1 + 0.2, 1 / 3), "to the last digit"
     assert again.fingerprint == model.fingerprint
+    assert again.noise_spectrum is None
+    assert again.description() == population.description()
+
+
+def full_population(model) -> Population:
+    p = model.n_latents
+    return Population(
+        torch.ones(p).double(),
+        torch.eye(p).double(),
+        noise_std=0.1 + 0.2,
+        contrast=1 / 3,
+        fingerprint=model.fingerprint,
+        contrast_spread=0.1 * 3,
+        noise_pixels=1000 / 7,
+        noise_spectrum=torch.linspace(2, 0.3, 17, dtype=torch.float64) / 3,
+        junk_share=1 / 9,
+    )
+
+
+@pytest.mark.parametrize("noise_pixels", [1000 / 7, math.inf])
+def test_files_keep_what_is_known_of_the_images(closed, tmp_path, noise_pixels):
+    """To the last digit: brightness, noise and its spectrum, and the share of junk."""
+    model = Model(closed, modes=2, box_size=32, pixel_size=5.0)
+    population = replace(full_population(model), noise_pixels=noise_pixels)
+    population.save(tmp_path / "p.safetensors")
+    again = load_population(tmp_path / "p.safetensors")
+    assert again.description() == population.description()
+    assert again.description()["noise_pixels"] == noise_pixels
+    assert again.tensors().keys() == population.tensors().keys()
+    for name, values in population.tensors().items():
+        assert torch.equal(again.tensors()[name], values), name
+        assert again.tensors()[name].dtype == torch.float64, name
+
+
+def test_populations_of_an_earlier_version_have_white_noise(closed):
+    model = Model(closed, modes=2, box_size=32, pixel_size=5.0)
+    population = full_population(model)
+    tensors = {name: population.tensors()[name] for name in ("mean", "covariance")}
+    names = ("noise_std", "contrast", "fingerprint")
+    meta = {name: population.description()[name] for name in names}
+    again = Population.restore(tensors, meta)
+    plain = Population(**tensors, **meta)
+    assert again.description() == plain.description() and again.noise_spectrum is None
+    assert again.junk_share > 0 and again.contrast_spread > 0 and again.noise_pixels > 0
+    for name in names[:2]:
+        with pytest.raises(TypeError, match=name):
+            Population.restore(tensors, {k: v for k, v in meta.items() if k != name})

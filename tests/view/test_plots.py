@@ -11,10 +11,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from cryochains.analysis import compute_pca
+from cryochains.analysis import compute_pca, motion_sentence
 from cryochains.images import ParticleStack
 from cryochains.inference import Result, score, train_encoder
-from cryochains.model import Dynamics, Model, simulate_particles
+from cryochains.model import Dynamics, Model, Population, simulate_particles
 from cryochains.molecule import compute_modes, load_structure
 from cryochains.view import drawing, plots
 
@@ -97,7 +97,7 @@ def test_reconstruction_is_as_bright_as_the_images(result, particles):
         pixel_size=particles.pixel_size,
         ctf=particles.ctf,
     )
-    seven = replace(result, particles=brighter, contrast=7.0)
+    seven = replace(result, particles=brighter, particles_digest=None, scale=torch.full((30,), 7.0))
     once = shown_images(plots.plot_particles(result, 3))
     for bright, plain in zip(shown_images(plots.plot_particles(seven, 3)), once, strict=True):
         np.testing.assert_allclose(bright, 7 * plain, atol=1e-4)
@@ -109,6 +109,49 @@ def test_particles_without_truth_or_ctf(model, particles):
     )
     result = Result(model, torch.zeros(30, model.n_latents), particles=bare)
     draw(plots.plot_particles(result, 2), panels=6)
+
+
+def test_images_have_ids_and_junk_is_marked(result):
+    responsibility = torch.full((30,), 0.9)
+    responsibility[2] = 0.5
+    flagged = replace(result, responsibility=responsibility)
+    for one, figure in ((flagged, plots.plot_particles(flagged, 4)), (result, None)):
+        axes = (figure or plots.plot_particles(result, 4)).axes
+        titles = [axis.get_title() for axis in axes]
+        assert [title.partition("\n")[0] for title in titles[:4]] == [str(i) for i in one.ids[:4]]
+        assert [k for k, title in enumerate(titles) if "junk?" in title] == [2] * (one is flagged)
+        assert not any(titles[4:])
+    alone = plots.plot_particles(flagged[[2]])
+    assert [axis.get_title() for axis in alone.axes] == [f"{result.ids[2]}\njunk?", "", ""]
+
+
+def test_long_ids_are_shortened_at_both_ends(result, particles):
+    ids = [f"{k:06d}@Extract/job012/Micrographs/mic_{k:04d}.mrcs" for k in range(30)]
+    named = Result(result.model, result.latents, particles=replace(particles, ids=np.array(ids)))
+    figure = plots.plot_particles(named, 3)
+    draw(figure)
+    for k, axis in enumerate(figure.axes[:3]):
+        title = axis.get_title()
+        assert title.startswith(f"{k:06d}@") and title.endswith(f"{k:04d}.mrcs") and len(title) < 24
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+def test_broken_images_do_not_hide_the_others(result, particles, bad):
+    images = particles.read_images().clone()
+    images[1] = bad
+    responsibility = torch.ones(30)
+    responsibility[1] = 0
+    broken = Result(
+        result.model,
+        result.latents,
+        particles=replace(particles, images=images, truth=None),
+        responsibility=responsibility,
+    )
+    figure = plots.plot_particles(broken, 3)
+    draw(figure)
+    whole = plots.plot_particles(result[[0, 2]], 2)
+    limits = [axis.images[0].get_clim() for axis in (figure.axes[0], whole.axes[0])]
+    assert limits[0] == pytest.approx(limits[1])
 
 
 def test_result_without_its_particles_has_no_images(result):
@@ -149,6 +192,112 @@ def test_refinement(result, n_passes):
     assert "step (Å)" in text and "noise" in text and "spread (Å)" in text
 
 
+JUNK = np.arange(30) % 5 == 3
+
+
+@pytest.fixture(scope="module")
+def refined(result):
+    """As if it had been refined; every fifth particle is junk, and one could not be used."""
+    n_latents = result.model.n_latents
+    population = Population(
+        torch.zeros(n_latents).double(),
+        torch.eye(n_latents).double(),
+        noise_std=1.0,
+        contrast=1.0,
+        fingerprint=result.model.fingerprint,
+        noise_spectrum=torch.linspace(0.5, 1.5, 17).double(),
+    )
+    record = {"blur": 2.0, "step": 0.05, "noise_std": 0.1, "contrast": 1.0, "spread": 3.0}
+    record |= {"support": 50.0, "fading": 0.0}
+    misfit = torch.linspace(0.8, 1.2, 30)
+    misfit[3] = torch.nan
+    return replace(
+        result,
+        latents=0.3 * result.latents,
+        population=population,
+        scale=torch.linspace(0.5, 2, 30),
+        noise=torch.linspace(1, 2, 30),
+        misfit=misfit,
+        responsibility=torch.from_numpy(np.where(JUNK, 0.2, 0.99)),
+        history=[record],
+        kind="refined",
+    )
+
+
+def after(refined, **record) -> Result:
+    """The same, whose last pass went like this."""
+    return replace(refined, history=[{**refined.history[-1], **record}])
+
+
+def panel(figure, label):
+    return next(axis for axis in figure.axes if axis.get_xlabel() == label)
+
+
+def counted(axis) -> tuple[float, float]:
+    """Particles in the bars of a histogram: good ones and junk."""
+    good, junk = axis.containers
+    return sum(bar.get_height() for bar in good), sum(bar.get_height() for bar in junk)
+
+
+def test_refinement_has_a_panel_for_all_that_is_known(refined):
+    figure = plots.plot_refinement(refined)
+    text = draw(figure, panels=7)
+    assert "6 of 30 flagged as junk" in text
+    assert counted(panel(figure, "brightness")) == (24, 6)
+    assert counted(panel(figure, "responsibility")) == (24, 6)
+    assert counted(panel(figure, "misfit (χ² per pixel)")) == (24, 5), "of one it is not known"
+    spectrum = panel(figure, "resolution (Å)")
+    (line,) = spectrum.lines
+    np.testing.assert_allclose(line.get_ydata(), refined.population.noise_spectrum[1:])
+    # Ring k is at box · pixel / k.
+    side = refined.model.box_size * refined.model.pixel_size
+    labels = [float(label.get_text()) for label in spectrum.get_xticklabels()]
+    np.testing.assert_allclose(labels, side / spectrum.get_xticks(), rtol=1e-2)
+    assert spectrum.get_xticks().tolist() == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("name, n_panels", [("misfit", 6), ("responsibility", 6), ("scale", 6)])
+def test_refinement_leaves_out_what_is_not_known(refined, name, n_panels):
+    draw(plots.plot_refinement(replace(refined, **{name: None})), panels=n_panels)
+    white = replace(refined, population=replace(refined.population, noise_spectrum=None))
+    draw(plots.plot_refinement(white), panels=6)
+
+
+def test_histograms_are_not_squashed_by_one_particle(refined):
+    misfit = torch.linspace(0.8, 1.2, 30).repeat(10)
+    misfit[7] = 1e6
+    many = refined[np.tile(np.arange(30), 10)]
+    figure = plots.plot_refinement(replace(many, misfit=misfit))
+    axis = panel(figure, "misfit (χ² per pixel)")
+    assert axis.get_xlim()[1] < 2 and sum(counted(axis)) == 300
+
+
+@pytest.mark.parametrize(
+    "step, grade", [(0.05, "good"), (0.2, "doubtful"), (0.9, "not to be trusted")]
+)
+def test_the_verdict_is_below_the_panels(refined, step, grade):
+    result = after(refined, step=step)
+    assert result.verdict.grade == grade
+    figure = plots.plot_refinement(result)
+    draw(figure, panels=7)
+    words = " ".join(text.get_text() for text in figure.texts)
+    assert all(part.sentence in words for part in result.verdict.findings)
+    assert all(part.remedy in words for part in result.verdict.findings)
+    first, second = (text for text in figure.texts[:2])
+    assert first.get_text() == "Verdict" and second.get_text() == grade
+    assert first.get_color() == second.get_color() == drawing.GRADE_COLORS[grade]
+    # What is worst comes next, and nothing is outside or on something else.
+    assert figure.texts[2].get_text() == grade
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    width, height = figure.get_size_inches() * figure.dpi
+    assert all(0 <= box.x0 and box.x1 <= width and 0 <= box.y0 for box in boxes)
+    panels = min(axis.get_tightbbox().y0 for axis in figure.axes)
+    assert max(box.y1 for box in boxes) < panels
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
 def test_refinement_of_what_was_not_refined(result):
     with pytest.raises(
         ValueError, match="expected a refined result with its history, got .*refine"
@@ -178,6 +327,74 @@ def test_latent_space_of_other_particles(result):
     assert len(figure.axes[1].lines[0].get_xdata()) == 10
 
 
+def test_junk_is_crosses_behind_the_points(refined):
+    """Wherever it is, it does not change what is seen of the plane."""
+    latents = refined.latents.clone()
+    latents[JUNK] *= 100
+    motions = compute_pca(replace(refined, latents=latents), frame="poses")
+    truth = np.linspace(0, 1, 30)
+    for figure, x in (
+        (plots.plot_latent_space(motions), motions.scores[:, 0]),
+        (plots.plot_explorer(motions), motions.scores[:, 0]),
+        (plots.plot_latent_space(motions, truth=truth), truth),
+    ):
+        draw(figure)
+        axis = figure.axes[1] if x is truth else figure.axes[0]
+        points, crosses = axis.lines
+        np.testing.assert_allclose(points.get_xdata(), x[~JUNK])
+        np.testing.assert_allclose(crosses.get_xdata(), x[JUNK])
+        assert crosses.get_zorder() < points.get_zorder() and crosses.get_marker() == "x"
+        low, high = axis.get_ylim()
+        spread = np.ptp(points.get_ydata())
+        assert spread < high - low < 1.2 * spread
+        assert "6 flagged as junk: grey crosses" in figure.axes[0].get_title()
+
+
+def test_many_particles_are_drawn_without_junk(refined):
+    for n, n_components in ((100, 2), (3, 1)):
+        many = refined[np.tile(np.arange(30), n)]
+        motions = compute_pca(many, n_components=n_components)
+        figure = plots.plot_latent_space(motions)
+        text = draw(figure)
+        assert f"{6 * n} flagged as junk: left out" in text
+        axis = figure.axes[0]
+        if n_components > 1:
+            assert axis.collections[0].get_array().sum() == 24 * n
+        else:
+            assert sum(bar.get_height() for bar in axis.patches) == 24 * n
+
+
+def test_other_scores_are_not_flagged(refined):
+    motions = compute_pca(refined)
+    figure = plots.plot_latent_space(motions, motions.scores[:7])
+    assert "junk" not in draw(figure) and len(figure.axes[0].lines) == 1
+
+
+@pytest.mark.parametrize(
+    "step, grade", [(0.05, "good"), (0.2, "doubtful"), (0.9, "not to be trusted")]
+)
+def test_a_latent_plot_says_what_is_doubtful(refined, step, grade):
+    motions = compute_pca(after(refined, step=step))
+    words = f"This refinement is {grade}: stopped after 1 passes while atoms still moved by {step}"
+    for figure in (
+        plots.plot_latent_space(motions, title="held out"),
+        plots.plot_explorer(motions, title="held out"),
+    ):
+        draw(figure)
+        title = figure.get_suptitle()
+        assert title.startswith("held out")
+        assert (words in title.replace("\n", " ")) == (grade != "good")
+        color = figure._suptitle.get_color()
+        assert color == ("black" if grade == "good" else drawing.GRADE_COLORS[grade])
+    # Once, where the title says it already.
+    figure = plots.plot_explorer(motions, title=motion_sentence(motions))
+    draw(figure)
+    title = figure.get_suptitle().replace("\n", " ")
+    assert title.count("stopped after 1 passes") == (grade != "good")
+    assert ("not described" in title) == (grade == "not to be trusted")
+    assert ("relative to" in title) == (grade != "not to be trusted")
+
+
 def test_rmsd(result):
     scores = score(replace(result, latents=0.5 * result.latents))
     methods = {"encoder": 1.2 * scores.rmsd_per_particle, "MAP": scores.rmsd_per_particle}
@@ -185,7 +402,7 @@ def test_rmsd(result):
     text = draw(plots.plot_rmsd(methods, mean, 0.5 * scores.rmsd_per_particle))
     assert f"MAP: {scores.rmsd:.2f} Å" in text
     assert f"mean conformation: {scores.mean_rmsd:.2f} Å" in text
-    assert "information limit" in text and "no re-superposition" in text
+    assert "information limit" in text and "RMSD to the true conformation (Å)" in text
     assert "information limit" not in draw(plots.plot_rmsd({"MAP": methods["MAP"]}, mean))
 
 

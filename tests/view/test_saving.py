@@ -39,8 +39,8 @@ def test_without_numbers_there_are_21_conformations(motions, tmp_path):
 
 
 def test_movie_by_its_suffix(motions, tmp_path):
-    with Image.open(save_motion(tmp_path / "a.gif", motions, n=3)) as movie:
-        assert movie.n_frames == 3 and movie.format == "GIF"
+    with Image.open(save_motion(tmp_path / "a.gif", motions, n=4)) as movie:
+        assert movie.n_frames == 4 and movie.format == "GIF"
 
 
 @pytest.mark.parametrize("name", ["a.PDB", "a.GIF"])

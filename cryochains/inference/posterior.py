@@ -1,0 +1,126 @@
+"""The posterior of a particle's latents and brightness, as its linearised image and a prior say.
+
+Symbols: as in `refinement`. With e the step of (z, b) from where the image was linearised, P the
+precision of the prior and p its pull,
+
+    A = [a²H, a²Jᵀf; ·, a²fᵀf]/σ² + P,  e = A⁻¹ (a Jᵀ(y − a f)/σ² − p),  C = A⁻¹
+
+and the log evidence is Laplace's: of the best fit, less what it costs to have looked for it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .image_model import tail_weight
+from .likelihood import NormalEquations
+
+
+@dataclass(frozen=True, eq=False)
+class _Posterior:
+    """Of b particles: steps of latents and log brightness, and how well these are known.
+
+    Attributes
+    ----------
+    step : (b, p + 1) float64 tensor
+        From the latents and brightness that the equations are of.
+    covariance : (b, p + 1, p + 1) float64 tensor
+    trace : (b,) float64 tensor
+        How much of the residual (in σ²) what is not known takes away.
+    evidence : (b,) float64 tensor
+        Log evidence of the molecule at its pose.
+    """
+
+    step: Tensor
+    covariance: Tensor
+    trace: Tensor
+    evidence: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LatentPrior:
+    """The prior of latents and log brightness, as matrices; made by `latent_prior`.
+
+    Attributes
+    ----------
+    mean : (p,) tensor
+    precision : (p, p) tensor
+    log_determinant : float
+        Of `precision`.
+    scale_mean, scale_spread : float
+        Of log brightness.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    log_determinant: float
+    scale_mean: float
+    scale_spread: float
+
+
+def latent_prior(
+    mean: Tensor, covariance: Tensor, scale_mean: float, scale_spread: float
+) -> LatentPrior:
+    """The matrices of a prior with a mean (p,), a covariance (p, p), and the widths of b."""
+    precision = covariance.inverse()
+    return LatentPrior(mean, precision, float(torch.logdet(precision)), scale_mean, scale_spread)
+
+
+def solve_particles(
+    equations: NormalEquations,
+    latents: Tensor,
+    log_scale: Tensor,
+    noise: Tensor,
+    damping: Tensor,
+    prior: LatentPrior,
+    n_pixels: float,
+) -> _Posterior:
+    """The posterior of b particles, as their linearised images and the prior say.
+
+    With b as one more latent, whose derivative of the image is the image itself.
+    """
+    n, p = latents.shape
+    scale = log_scale.double().exp()
+    inverse_noise = 1 / noise
+    power = equations.model_power.double().sum(1)
+    overlap = equations.overlap.double().sum(1)
+    data = equations.data_power.double().sum(1)
+    weight = scale.square() * inverse_noise
+    information = equations.hessian.new_zeros(n, p + 1, p + 1, dtype=torch.float64)
+    information[:, :p, :p] = weight[:, None, None] * equations.hessian.double()
+    cross = weight[:, None] * equations.model_slope.double()
+    information[:, :p, p] = cross
+    information[:, p, :p] = cross
+    information[:, p, p] = weight * power
+    # The prior, whose tail towards bright particles is heavy.
+    surprise = (log_scale.double() - prior.scale_mean) / prior.scale_spread
+    stiffness = tail_weight(surprise) / prior.scale_spread**2
+    total = information.clone()
+    total[:, :p, :p] += prior.precision
+    total[:, p, p] += stiffness
+    off = latents.double() - prior.mean
+    pull = off @ prior.precision
+    slope = latents.new_empty(n, p + 1, dtype=torch.float64)
+    slope[:, :p] = inverse_noise[:, None] * equations.gradient(scale).double() - pull
+    slope[:, p] = inverse_noise * (scale * overlap - scale.square() * power)
+    slope[:, p] -= stiffness * prior.scale_spread * surprise
+    factor = torch.linalg.cholesky(total)
+    covariance = torch.cholesky_inverse(factor)
+    step = (covariance @ slope.unsqueeze(-1)).squeeze(-1)
+    residual = data - 2 * scale * overlap + scale.square() * power
+    log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    evidence = (
+        -residual * inverse_noise
+        - n_pixels * noise.log()
+        - (pull * off).sum(1)
+        - stiffness * (prior.scale_spread * surprise).square()
+        + (slope * step).sum(1)
+        - log_determinant
+        + prior.log_determinant
+        + stiffness.log()
+    ) / 2
+    if damping.any():
+        total[:, :p, :p] += damping.double()[:, None, None] * torch.eye(p).to(total)
+        step = torch.linalg.solve(total, slope)
+    return _Posterior(step, covariance, (covariance * information).sum((1, 2)), evidence)

@@ -1,0 +1,218 @@
+"""Whether a refinement is to be trusted: what speaks against it, in sentences.
+
+Nothing here needs a truth. Limits were chosen on runs that were nonsense (poses of other particles,
+the other hand, CTFs of other particles, noise) and on good ones from 0 to −20 dB; they are wide
+enough that a "not to be trusted" is one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..model import Dynamics, Population, elastic_variance
+
+_GRADES = ("good", "doubtful", "not to be trusted")
+# For each number, from where on it is doubtful and from where on it is not to be trusted.
+# Å, RMS step of the last pass.
+_STEP_LIMITS = (0.1, 0.3)
+# Spread of the conformations, over what the elastic network thinks possible before any image.
+_SPREAD_LIMITS = (0.9, 1.15)
+# Share of particles that do not show the molecule.
+_JUNK_LIMITS = (0.4, 0.9)
+# Å, by how much atoms are off, as fine detail that is too dim says.
+_FADING_LIMITS = (2.0, 5.0)
+# Standard deviation of log brightness.
+_SCALE_LIMITS = (0.7, 1.5)
+# Of the brightness at the first pass, that of the last; lower is worse.
+_DIMMING_LIMITS = (0.85, 0.5)
+# Of the noise on the rings where the molecule shows, over that on the others: at most doubtful,
+# since noise itself may be so.
+_COLOR_LIMITS = (3.0, math.inf)
+# Log evidence of the middle particle for the molecule over something else; lower is worse.
+_SUPPORT_LIMITS = (5.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes
+    ----------
+    name : str
+    value : float
+    grade : str
+        One of "good", "doubtful", "not to be trusted".
+    sentence : str
+        What was found.
+    remedy : str
+        What to try; empty where it is good.
+    """
+
+    name: str
+    value: float
+    grade: str
+    sentence: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """What speaks for and against a refinement; made by ``Result.verdict``.
+
+    Attributes
+    ----------
+    findings : tuple of Finding
+
+    Examples
+    --------
+    >>> Verdict((Finding("convergence", 0.02, "good", "converged after 6 passes"),))
+    Verdict: good
+      good               converged after 6 passes
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def grade(self) -> str:
+        """That of the worst finding."""
+        return _GRADES[max((_GRADES.index(part.grade) for part in self.findings), default=0)]
+
+    @property
+    def trusted(self) -> bool:
+        """Whether nothing is not to be trusted."""
+        return self.grade != _GRADES[2]
+
+    @property
+    def reasons(self) -> str:
+        """What is worst, as one clause; empty where all is good."""
+        worst = [part.sentence for part in self.findings if part.grade == self.grade]
+        return "" if self.grade == _GRADES[0] else "; ".join(worst)
+
+    def __repr__(self) -> str:
+        lines = [f"Verdict: {self.grade}"]
+        for part in self.findings:
+            remedy = f"; {part.remedy}" if part.remedy else ""
+            lines.append(f"  {part.grade:<18} {part.sentence}{remedy}")
+        return "\n".join(lines)
+
+
+def judge(
+    dynamics: Dynamics,
+    population: Population,
+    history: Sequence[Mapping],
+    latents: Tensor,
+    junk: float,
+) -> Verdict:
+    """The verdict on a refinement.
+
+    Parameters
+    ----------
+    dynamics : Dynamics
+    population : Population
+    history : sequence of dict
+        One record a pass.
+    latents : (n, p) tensor
+        Of particles that show the molecule, without what all chains share.
+    junk : float
+        Share of particles that do not.
+    """
+    first, last = history[0], history[-1]
+    findings = [
+        _convergence(last["step"], len(history)),
+        _spread(dynamics, latents),
+        _graded(
+            "junk",
+            junk,
+            _JUNK_LIMITS,
+            f"{100 * junk:.0f} % of the particles do not show the molecule at their poses",
+            "try to classify them first",
+        ),
+        _graded(
+            "support",
+            last["support"],
+            _SUPPORT_LIMITS,
+            f"an image speaks for the molecule by {last['support']:.0f} nats over something else "
+            "of the same power",
+            "try other poses, the other hand, or the right structure",
+        ),
+        _graded(
+            "detail",
+            last["fading"],
+            _FADING_LIMITS,
+            f"fine detail is as clear as atoms that are off by {max(last['fading'], 0):.1f} Å",
+            "check pixel size, CTFs and poses",
+        ),
+        _graded(
+            "dimming",
+            last["contrast"] / first["contrast"],
+            _DIMMING_LIMITS,
+            f"fine detail is {last['contrast'] / first['contrast']:.2f} times as bright as coarse "
+            "detail",
+            "check pixel size, CTFs and poses",
+        ),
+        _graded(
+            "brightness",
+            population.contrast_spread,
+            _SCALE_LIMITS,
+            "brightness differs between particles by a factor of "
+            f"{math.exp(population.contrast_spread):.2f} (standard deviation)",
+            "check the normalisation of the images",
+        ),
+        *_color(population),
+    ]
+    return Verdict(tuple(findings))
+
+
+def _graded(
+    name: str, value: float, limits: tuple[float, float], sentence: str, remedy: str
+) -> Finding:
+    doubtful, bad = limits
+    sign = 1 if bad > doubtful else -1
+    number = 0 if math.isnan(value) else int(sign * value > sign * doubtful)
+    number += int(number and sign * value > sign * bad)
+    return Finding(name, value, _GRADES[number], sentence, remedy if number else "")
+
+
+def _convergence(step: float, n_passes: int) -> Finding:
+    if step <= _STEP_LIMITS[0]:
+        words = f"converged after {n_passes} passes (last step {step:.2f} Å)"
+    else:
+        words = f"stopped after {n_passes} passes while atoms still moved by {step:.2f} Å"
+    return _graded(
+        "convergence", step, _STEP_LIMITS, words, "try refine(start=result), and check the poses"
+    )
+
+
+def _spread(dynamics: Dynamics, latents: Tensor) -> Finding:
+    """How far conformations spread."""
+    spread = float(latents.double().var(0).sum().sqrt()) if len(latents) > 1 else 0.0
+    plausible = float(elastic_variance(dynamics).sum().sqrt())
+    return _graded(
+        "spread",
+        spread / plausible,
+        _SPREAD_LIMITS,
+        f"conformations spread by {spread:.1f} Å, where {plausible:.1f} Å was thought possible",
+        "check that poses and hand are those of this structure",
+    )
+
+
+def _color(population: Population) -> list[Finding]:
+    spectrum = population.noise_spectrum
+    if spectrum is None or len(spectrum) < 8:
+        return []
+    values = spectrum.double().numpy()
+    # Detail of a tenth of the box and coarser, the molecule's own, beside the finest half.
+    coarse = float(values[2 : max(4, len(values) // 3)].max())
+    fine = float(np.median(values[len(values) // 2 :]))
+    return [
+        _graded(
+            "noise",
+            coarse / fine,
+            _COLOR_LIMITS,
+            f"noise is {coarse / fine:.1f} times as strong at coarse detail as at fine detail",
+            "that is coloured noise, or something that the model lacks; look at the residuals",
+        )
+    ]
