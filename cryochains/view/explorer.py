@@ -253,7 +253,9 @@ class Explorer(ipywidgets.VBox):
         parts = [ipywidgets.HTML("<br>".join(lines))]
         if self.result.particles is not None:
             figure = plot_particles(self.result[[row]])
-            image = ipywidgets.Image(value=figure_png(figure), layout={"width": "600px"})
+            # At its own height: the text beside it would stretch it.
+            layout = {"width": "600px", "align_self": "flex-start"}
+            image = ipywidgets.Image(value=figure_png(figure), layout=layout)
             parts.insert(0, image)
         refill(self.selection, parts)
 
