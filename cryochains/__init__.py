@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .analysis import (
         compute_pca,
+        density_table,
         describe_motion,
         latent_table,
         motion_sentence,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .images import ParticleStack, load_particles
     from .inference import (
         Result,
+        correct_reference,
         encode,
         information_limit,
         load_encoder,
@@ -65,6 +67,7 @@ _PACKAGE_OF = {
     "refine": "inference",
     "Result": "inference",
     "load_result": "inference",
+    "correct_reference": "inference",
     "train_encoder": "inference",
     "encode": "inference",
     "load_encoder": "inference",
@@ -72,6 +75,7 @@ _PACKAGE_OF = {
     "information_limit": "inference",
     "compute_pca": "analysis",
     "latent_table": "analysis",
+    "density_table": "analysis",
     "describe_motion": "analysis",
     "motion_sentence": "analysis",
     "save_motion": "view",
@@ -87,6 +91,8 @@ __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
     "Result",
     "compute_modes",
     "compute_pca",
+    "correct_reference",
+    "density_table",
     "describe_change",
     "describe_motion",
     "encode",

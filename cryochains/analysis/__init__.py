@@ -3,7 +3,8 @@
 Modules, each importing only from those before it: `colors` (of chains, in all figures and scripts),
 `motions` (principal components of the latents, and the latents in units people read), `words` (a
 motion in sentences), `conformations` (latents as files of atoms), `points` (density, columns and
-error bars of particles that are drawn as points; selections as files).
+error bars of particles that are drawn as points; selections as files), `residues` (density of each
+residue as the images show it).
 """
 
 from .colors import CHAIN_COLORS
@@ -18,6 +19,7 @@ from .points import (
     point_density,
     save_selection,
 )
+from .residues import density_table
 from .words import describe_motion, motion_sentence
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "compute_pca",
     "decode_ensemble",
     "decode_one",
+    "density_table",
     "describe_motion",
     "fits_pdb_text",
     "latent_names",

@@ -57,23 +57,23 @@ class _Project(torch.autograd.Function):
     def forward(ctx, xy: Tensor, amplitudes: Tensor, grid: Tensor, sigma: float | Tensor) -> Tensor:
         x, y = xy.unbind(-1)
         gx = gaussians(x, grid, sigma)
-        gy = gaussians(y, grid, sigma).mul_(amplitudes.unsqueeze(-1))
-        ctx.save_for_backward(xy, gx, gy, grid)
+        gy = gaussians(y, grid, sigma)
+        ctx.save_for_backward(xy, amplitudes, gx, gy, grid)
         ctx.sigma = sigma
-        return torch.bmm(gy.transpose(1, 2), gx)
+        return torch.bmm((gy * amplitudes.unsqueeze(-1)).transpose(1, 2), gx)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        xy, gx, gy, grid = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        xy, amplitudes, gx, gy, grid = ctx.saved_tensors
         # d gx/dx = gx·(grid − x)/σ²: a sum over pixels with weights `grid` and 1 gives both terms.
         moments = torch.stack([grid, torch.ones_like(grid)], dim=1)
         by_x = torch.bmm(gy, grad.to(gy.dtype)).mul_(gx) @ moments
         by_y = torch.bmm(gx, grad.to(gx.dtype).transpose(1, 2)).mul_(gy) @ moments
         by_axis = torch.stack([by_x, by_y], dim=-2)
-        sigma = ctx.sigma.unsqueeze(-1) if isinstance(ctx.sigma, Tensor) else ctx.sigma
-        grad_xy = (by_axis[..., 0] - xy * by_axis[..., 1]) / sigma**2
-        return grad_xy, None, None, None
+        factor = amplitudes / (ctx.sigma**2)
+        grad_xy = (by_axis[..., 0] - xy * by_axis[..., 1]) * factor.unsqueeze(-1)
+        return grad_xy, by_x[..., 1], None, None
 
 
 def project(
@@ -92,7 +92,7 @@ def project(
     pixel_size : float
         Å.
     sigma : float or (batch, n_atoms) tensor
-        Width of the Gaussians in Å.
+        Width of the Gaussians in Å; the projection has no derivative by it.
 
     Notes
     -----
@@ -106,12 +106,12 @@ def project(
     """
     xy = coords[..., :2]
     grid = pixel_grid(box_size, pixel_size, xy)
-    amplitudes = (weights / (2 * torch.pi * sigma**2)).to(xy.dtype)
+    amplitudes = (weights / (2 * torch.pi * sigma**2)).to(xy.dtype).expand(xy.shape[:2])
 
     def part(start: int) -> Tensor:
         chunk = slice(start, start + ATOMS_PER_CHUNK)
         widths = sigma[:, chunk] if isinstance(sigma, Tensor) else sigma
-        return _Project.apply(xy[:, chunk], amplitudes[..., chunk], grid, widths)
+        return _Project.apply(xy[:, chunk], amplitudes[:, chunk], grid, widths)
 
     image = part(0)
     for start in range(ATOMS_PER_CHUNK, xy.shape[1], ATOMS_PER_CHUNK):

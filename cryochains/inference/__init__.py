@@ -6,6 +6,7 @@
 - `image_model`: what an image has of its own: brightness, noise, whether it shows the molecule.
 - `result`: `Result`, the latents with error bars and all that gives them a meaning, in one file.
 - `posterior`: a particle's posterior, from its linearised image and the prior.
+- `reference`: what is wrong with the reference: the density and the shape that images ask for.
 - `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
 - `verdict`: what speaks against a refinement, without a truth.
 - `scores`: scores against a known truth, and the information limit.
@@ -18,6 +19,7 @@ from .frames import PoseCorrection, frame_words
 from .identity import require_count, require_finite_latents, require_same_ids
 from .image_model import measure_contrast
 from .likelihood import NormalEquations, normal_equations, position_variance
+from .reference import correct_reference
 from .refinement import refine
 from .result import Result, load_result, posterior_covariance
 from .scores import (
@@ -41,6 +43,7 @@ __all__ = [
     "Result",
     "Scores",
     "Verdict",
+    "correct_reference",
     "correlation",
     "encode",
     "frame_words",

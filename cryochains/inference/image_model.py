@@ -130,8 +130,10 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
             brightness = (overlap / strength).clamp_min(0)[chosen, None]
             signal = brightness.square() * full.sum_rings(expected.square()).double()
             total = full.sum_rings(data.square()).double()
+            # The median of few squares is below their mean (Wilson and Hilferty 1931).
+            of_mean = (1 - 2 / (9 * full.ring_pixels.clamp_min(1))) ** 3
             level = (total.sum(1) / full.n_pixels).unsqueeze(1)
-            excess.append((total - signal) / level)
+            excess.append((total - signal) / (level * of_mean))
             power.append(signal / level)
             levels.append(level.squeeze(1))
     if not levels:
@@ -171,10 +173,9 @@ def _reference_rings(
     transfer = (model.box_size / band.box_size) * band.weights
     if ctf is not None:
         transfer = transfer * crop_spectrum(ctf, band.box_size)
-    coords = model.dynamics.reference.expand(len(images), -1, -1)
+    coords = model.bead_dynamics.reference.expand(len(images), -1, -1)
     positions = microscope.image_positions(coords, rotations, shifts)
-    width = math.hypot(microscope.width, blur)
-    expected = microscope.spectrum(positions, transfer, width, band.box_size)
+    expected = microscope.spectrum(positions, transfer, blur=blur, box_size=band.box_size)
     observed = crop_spectrum(torch.fft.rfft2(images, norm="ortho"), band.box_size)
     return real_parts(observed * (band.weights * band.low_pass)), real_parts(expected)
 

@@ -209,8 +209,8 @@ def normal_equations(
     blur : float
         Å. Images and model are compared after a Gaussian blur: less information, but no local
         minimum within it.
-    variance : (b, n_atoms) tensor, optional
-        Å², of every atom's position on the image (see `position_variance`). An uncertain atom is
+    variance : (b, n_beads) tensor, optional
+        Å², of every bead's position on the image (see `position_variance`). An uncertain bead is
         drawn as wide as that, which is the image expected of it: a loose end that cannot be seen
         then neither follows noise nor hides what could be seen.
     sampler : function, optional
@@ -222,16 +222,12 @@ def normal_equations(
     NormalEquations
     """
     band = frequency_band(model.microscope, blur)
-    largest = max(layout.n_atoms for layout in model.dynamics.chains)
+    largest = max(layout.n_atoms for layout in model.bead_dynamics.chains)
     bytes_each = 4 * band.box_size * model.n_latents * (2 * largest + 6 * model.box_size)
     block = max(1, BLOCK_BYTES["cuda" if latents.is_cuda else "cpu"] // bytes_each)
     blocks = [slice(start, start + block) for start in range(0, len(latents), block)]
-    sigma = math.hypot(model.microscope.width, blur)
 
     def linearise(rows: slice) -> NormalEquations:
-        width: float | Tensor = sigma
-        if variance is not None:
-            width = (sigma**2 + variance[rows]).sqrt()
         return _linearise_block(
             model,
             None if images is None else images[rows],
@@ -239,7 +235,8 @@ def normal_equations(
             latents[rows],
             band.weights * _whitening(band, noise_spectrum, rows),
             band,
-            width,
+            blur,
+            None if variance is None else variance[rows],
             None if sampler is None else partial(sampler, rows),
         )
 
@@ -287,28 +284,30 @@ def _linearise_block(
     latents: Tensor,
     weights: Tensor,
     band: _FrequencyBand,
-    width: float | Tensor,
+    blur: float,
+    variance: Tensor | None,
     sampler: Callable[[NormalEquations], tuple[Tensor, Tensor]] | None,
 ) -> NormalEquations:
     """Normal equations of so few particles that their Jacobian fits the working memory."""
-    microscope, dynamics, box = model.microscope, model.dynamics, band.box_size
+    microscope, dynamics, box = model.microscope, model.bead_dynamics, band.box_size
     rotations, shifts, ctf = pose
     # The same integral sampled by fewer, larger pixels.
     transfer = (model.box_size / box) * weights
     if ctf is not None:
         transfer = transfer * crop_spectrum(ctf, box)
     positions = microscope.image_positions(dynamics.decode(latents), rotations, shifts)
-    spectrum = real_parts(microscope.spectrum(positions, transfer, width, box))
+    expected = microscope.spectrum(positions, transfer, blur=blur, variance=variance, box_size=box)
+    spectrum = real_parts(expected)
     jacobian = latents.new_empty(len(latents), model.n_latents, spectrum.shape[1])
     for chain, layout in enumerate(dynamics.chains):
-        of_chain = width[:, layout.atoms] if isinstance(width, Tensor) else width
         steps = microscope.tangent_spectra(
             positions[:, layout.atoms],
             dynamics.tangents(latents, chain, rotations[:, :2]),
             layout.atoms,
             transfer,
-            of_chain,
-            box,
+            blur=blur,
+            variance=None if variance is None else variance[:, layout.atoms],
+            box_size=box,
         )
         jacobian[:, layout.latents] = real_parts(steps)
     data = spectrum

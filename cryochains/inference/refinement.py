@@ -24,7 +24,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from ..model import (
     require_same_model,
     shrink_covariance,
 )
+from ..molecule import Beads
 from . import image_model
 from .identity import require_latents, require_same_ids
 from .image_model import MODEL_ERROR, FirstLook
@@ -61,6 +62,7 @@ from .likelihood import (
     position_variance,
 )
 from .posterior import LatentPrior, latent_prior, solve_particles
+from .reference import learn_beads, unbent
 from .result import Result
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
@@ -84,6 +86,9 @@ _MIN_RING_SHARE = 0.01
 # which a particle is thought to be stuck, and the blurs (Å) of its second start.
 _STUCK_DEVIATIONS = 6.0
 _RESTART_BLURS = (4.0, 0.0, 0.0)
+# Where images ask for other beads they are learned so many times, and particles then refined anew
+# from at most these blurs (Å) on.
+_DENSITY_BLURS = (4.0, 0.0)
 # Particles whose normal equations are solved at a time.
 _SOLVE_BLOCK = 64
 _CHECKPOINT_KIND = "refinement checkpoint"
@@ -163,7 +168,10 @@ def refine(
         raise ValueError(f"expected n_population of 1 or more, got {n_population}; try 4000")
     first = _checked_start(model, particles, population, start, blurs)
     n = len(particles)
+    given = model
     model = model.to(choose_device(device))
+    if population is not None:
+        model = model.with_beads(population.beads)
     answer = _ParticleAnswers.empty(n, model.n_latents)
     history: tuple[dict, ...] = ()
     left_out: list[np.ndarray] = []
@@ -186,15 +194,17 @@ def refine(
                 batch_size=batch_size,
                 checkpoint=_block_path(checkpoint, number),
             )
-            state = _run_passes(run, progress)
             if population is None:
-                population = _learned_population(model, state)
-            state = _restart_stuck(run, state, population)
+                run, state, population = _learn_population(given, run, progress)
+                model = run.model
+            else:
+                state = _run_passes(run, progress)
+            state = _restart_stuck(run, state, population, first is not None)
             history = history or state.history
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
     return Result(
-        model,
+        given,
         answer.latents,
         answer.std,
         population,
@@ -318,7 +328,69 @@ def _block_path(checkpoint: str | os.PathLike | None, number: int) -> Path | Non
     return Path(checkpoint) if number == 0 else Path(f"{checkpoint}.block{number}")
 
 
-def _learned_population(model: Model, state: "_State") -> Population:
+def _learn_population(
+    given: Model, run: "_Run", progress: bool
+) -> tuple["_Run", "_State", Population]:
+    """Refine particles and learn what they share; again with other beads, where they ask for them.
+
+    Returns the run with those beads, the state that it ended in, and the population.
+    """
+    # The first sharp look shows what the model lacks, before chains have quite bent into it; where
+    # none came before it, the last one.
+    n_blurred = sum(blur > 0 for blur in run.blurs)
+    n_passes = min(n_blurred + 1, len(run.blurs)) if n_blurred else None
+    state = _run_passes(run, progress, n_passes)
+    result = _result_of(given, run, state, None)
+    # A checkpoint from after this was asked says that there was nothing.
+    asks = n_passes in (None, len(state.history))
+    beads = learn_beads(result, unbent(result)) if asks else None
+    if beads is None:
+        state = _run_passes(replace(run, state=state), progress)
+        return run, state, _learned_population(run.model, state, None)
+    # Now that density is known, chains need not bend into it any more.
+    again = _with_other_beads(given, run, beads, unbent(result), 1)
+    after = _run_passes(again, progress)
+    history = (*state.history, *after.history)
+    result = _result_of(given, again, after, beads)
+    beads = learn_beads(result) or beads
+    again = _with_other_beads(given, run, beads, result.latents, 2)
+    after = _run_passes(again, progress)
+    state = replace(after, history=(*history, *after.history))
+    return replace(again, start=run.start), state, _learned_population(run.model, state, beads)
+
+
+def _with_other_beads(
+    given: Model, run: "_Run", beads: Beads, latents: Tensor, number: int
+) -> "_Run":
+    """The particles refined anew from `latents`, with beads learned for the `number`th time."""
+    blurs = tuple(blur for blur in run.blurs if blur <= _DENSITY_BLURS[number - 1])
+    path = None if run.checkpoint is None else Path(f"{run.checkpoint}.density{number}")
+    return replace(
+        run,
+        model=given.with_beads(beads).to(run.model.device),
+        start=latents,
+        blurs=blurs or run.blurs[-1:],
+        checkpoint=path,
+    )
+
+
+def _result_of(given: Model, run: "_Run", state: "_State", beads: Beads | None) -> Result:
+    population = _learned_population(run.model, state, beads)
+    return Result(
+        given,
+        state.proposal.cpu(),
+        state.std.cpu(),
+        population,
+        run.particles,
+        scale=state.log_scale.exp().cpu(),
+        noise=state.noise_variance.sqrt().cpu(),
+        responsibility=state.responsibility.cpu(),
+        history=state.history,
+        kind="refined",
+    )
+
+
+def _learned_population(model: Model, state: "_State", beads: Beads | None) -> Population:
     return Population(
         state.mean.cpu(),
         state.covariance.cpu(),
@@ -329,6 +401,7 @@ def _learned_population(model: Model, state: "_State") -> Population:
         noise_pixels=state.noise_pixels,
         noise_spectrum=state.noise_spectrum.cpu(),
         junk_share=state.junk_share,
+        beads=beads,
     )
 
 
@@ -350,6 +423,8 @@ class _Run:
     blurs : tuple of float
     batch_size : int
     checkpoint : Path, optional
+    state : _State, optional
+        After the first passes, of a run that goes on.
     """
 
     model: Model
@@ -360,6 +435,7 @@ class _Run:
     blurs: tuple[float, ...]
     batch_size: int
     checkpoint: Path | None
+    state: "_State | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,8 +477,8 @@ class _State:
         spectrum and blur.
     damping : (n,) tensor
         Of Levenberg–Marquardt; 0 for particles whose steps never made things worse.
-    variance : (n, n_atoms) tensor
-        Å², how uncertain each atom's position on the image is.
+    variance : (n, n_beads) tensor
+        Å², how uncertain each bead's position on the image is.
     mean, covariance : (p,) and (p, p) float64 tensors
     noise_spectrum : (R,) float64 tensor
     scale_mean, scale_spread : float
@@ -503,11 +579,11 @@ class _Linearisation:
 # The loop
 
 
-def _run_passes(run: _Run, progress: bool) -> _State:
-    """Pass after pass, from the start or a checkpoint to the end of the schedule."""
+def _run_passes(run: _Run, progress: bool, n_passes: int | None = None) -> _State:
+    """Pass after pass, from the start or a checkpoint, at most so many or to the schedule's end."""
     constants = _constants(run.model)
     identity = "" if run.checkpoint is None else _identity(run)
-    state = _load_checkpoint(run, identity) or _first_state(run, constants)
+    state = _load_checkpoint(run, identity) or run.state or _first_state(run, constants)
     n = len(run.particles)
     with tqdm(
         total=len(run.blurs) * n,
@@ -516,7 +592,7 @@ def _run_passes(run: _Run, progress: bool) -> _State:
         unit="particle",
         disable=not progress,
     ) as bar:
-        while not _is_done(run, state):
+        while not _is_done(run, state) and len(state.history) != n_passes:
             state = _one_pass(run, constants, state, bar.update)
             last = state.history[-1]
             bar.set_postfix(blur=f"{last['blur']:g} Å", step=f"{last['step']:.2f} Å")
@@ -540,9 +616,10 @@ def _one_pass(
     same_blur = number > 0 and blur == state.history[-1]["blur"]
     n_em_steps = _LAST_EM_STEPS if number >= len(run.blurs) - 1 else _EM_STEPS
     following = run.blurs[min(number + 1, len(run.blurs) - 1)]
-    width = float(np.hypot(run.model.microscope.width, blur))
+    width = float(np.hypot(run.model.microscope.mean_width, blur))
+    learns_spectrum = following != blur or number == len(run.blurs) - 2
     draws = None
-    if run.population is None and following != blur:
+    if run.population is None and learns_spectrum:
         n_pixels = frequency_band(run.model.microscope, blur).n_pixels
         draws = _posterior_draws(constants, state, width, n_pixels)
     state, linear = _linearise(run, state, blur, draws, update)
@@ -550,7 +627,7 @@ def _one_pass(
     state, step = _propose(constants, state, linear, means, same_blur, width)
     state = replace(state, variance=_position_variances(run, state, linear))
     correlation = _correlation(state)
-    if following != blur:
+    if learns_spectrum:
         state = _next_blur(run, state, linear)
     shown = state.responsibility.double()
     square = (step.square() * constants.atom_share).sum(1).double()
@@ -617,7 +694,7 @@ def _first_state(run: _Run, constants: _Constants) -> _State:
         evidence=zeros.double(),
         powers=torch.full((n, 3), torch.inf, dtype=torch.float64, device=device),
         damping=zeros,
-        variance=torch.zeros(n, model.structure.n_atoms, device=device),
+        variance=torch.zeros(n, len(model.beads), device=device),
         mean=mean,
         covariance=covariance,
         scale_mean=scale_mean,
@@ -1009,7 +1086,7 @@ def _no_longer_than(width: float, step: Tensor, constants: _Constants) -> Tensor
 
 
 def _position_variances(run: _Run, state: _State, linear: _Linearisation | None) -> Tensor:
-    """(n, n_atoms) how uncertain every atom's position is, from what is known of each particle.
+    """(n, n_beads) how uncertain every bead's position is, from what is known of each particle.
 
     Before any image was seen, where there is no `linear`, from the prior.
     """
@@ -1026,7 +1103,7 @@ def _position_variances(run: _Run, state: _State, linear: _Linearisation | None)
         covariance = torch.linalg.inv(information)
         rotations = run.particles.rotations[rows].to(precision)
         variance[rows] = position_variance(
-            model.dynamics, state.proposal[rows], rotations, covariance
+            model.bead_dynamics, state.proposal[rows], rotations, covariance
         )
 
     map_blocks(fill, _slices(len(variance)), variance.device)
@@ -1047,7 +1124,7 @@ def _spectrum_of(population: Population, microscope: Microscope) -> Tensor:
 # Particles that are stuck
 
 
-def _restart_stuck(run: _Run, state: _State, population: Population) -> _State:
+def _restart_stuck(run: _Run, state: _State, population: Population, given_start: bool) -> _State:
     """A second start, from the population's mean, for particles that are far from all others.
 
     The likelier of the two answers is kept.
@@ -1058,7 +1135,7 @@ def _restart_stuck(run: _Run, state: _State, population: Population) -> _State:
     middle = distance.median()
     deviation = (distance - middle).abs().median().clamp_min(1e-9)
     stuck = (distance > middle + _STUCK_DEVIATIONS * deviation).nonzero().squeeze(1)
-    if not len(stuck) or run.start is not None:
+    if not len(stuck) or given_start:
         return state
     rows = stuck.cpu().numpy()
     usable = run.look.usable.nonzero().squeeze(1)
@@ -1068,6 +1145,7 @@ def _restart_stuck(run: _Run, state: _State, population: Population) -> _State:
         run,
         particles=run.particles[rows],
         look=replace(run.look, usable=kept),
+        start=None,
         population=population,
         blurs=_RESTART_BLURS,
         checkpoint=None,
@@ -1090,9 +1168,10 @@ def _identity(run: _Run) -> str:
     population = run.population
     given: tuple = ()
     if population is not None:
-        given = (population.mean, population.covariance, str(population.description()))
+        given = (*population.tensors().values(), str(population.description()))
     start = -1 if run.start is None else run.start
-    return content_digest(run.particles.digest(), run.blurs, start, *given)
+    beads = [getattr(run.model.beads, field.name) for field in fields(run.model.beads)]
+    return content_digest(run.particles.digest(), run.blurs, start, *given, *beads)
 
 
 def _save_checkpoint(run: _Run, identity: str, state: _State) -> None:

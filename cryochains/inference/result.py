@@ -281,6 +281,12 @@ class Result:
         return self.model.decode(self.latents[positions(rows, len(self))])
 
     @cached_property
+    def imaging_model(self) -> Model:
+        """The model with the beads that the population learned: what images are expected to be."""
+        beads = None if self.population is None else self.population.beads
+        return self.model.with_beads(beads)
+
+    @cached_property
     def verdict(self) -> Verdict | None:
         """Whether the refinement is to be trusted, and why; None for other results."""
         if self.population is None or not self.history or "support" not in self.history[-1]:
@@ -290,7 +296,7 @@ class Result:
         finite = some[some.latents.isfinite().all(1).numpy()]
         junk = 1 - len(shown) / max(len(self), 1)
         latents = finite.in_frame(None).latents
-        return judge(self.model.dynamics, self.population, self.history, latents, junk)
+        return judge(self.model, self.population, self.history, latents, junk)
 
     def in_frame(self, frame: str | None = MOLECULE) -> "Result":
         """The same conformations in another frame, with particles whose poses are corrected for it.
@@ -571,7 +577,7 @@ def posterior_covariance(result: Result, rows, device: str | torch.device | None
         by_given = jacobian.latents.to(covariance)
         return by_given @ covariance @ by_given.mT
     device = choose_device(device)
-    model = result.model.to(device)
+    model = result.imaging_model.to(device)
     latents = result.latents[chosen].to(device)
     prior = population.covariance.to(device).inverse()
     spectrum = population.noise_spectrum
@@ -590,7 +596,7 @@ def posterior_covariance(result: Result, rows, device: str | torch.device | None
                 equations, scale[batch.rows], noise[batch.rows], population
             )
             covariance = (information + prior).inverse()
-            variance = position_variance(model.dynamics, z, batch.pose[0], covariance)
+            variance = position_variance(model.bead_dynamics, z, batch.pose[0], covariance)
         covariances.append(covariance)
     return torch.cat(covariances)
 

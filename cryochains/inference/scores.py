@@ -302,7 +302,7 @@ def information_limit(
             "expected noisy particles, got none of noise: nothing limits what can be known of "
             "them; try a finite snr_db"
         )
-    model = model.to(choose_device(device))
+    model = model.with_beads(population.beads).to(choose_device(device))
     latents = latents.to(model.device)
     prior = population.covariance.inverse().to(model.device)
     limits = []

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..model import Dynamics, Population, elastic_variance
+from ..model import Dynamics, Model, Population, elastic_variance
+from ..molecule import Structure, compare_beads
 
 _GRADES = ("good", "doubtful", "not to be trusted")
 # For each number, from where on it is doubtful and from where on it is not to be trusted.
@@ -31,6 +32,16 @@ _DIMMING_LIMITS = (0.85, 0.5)
 # Of the noise on the rings where the molecule shows, over that on the others: at most doubtful,
 # since noise itself may be so.
 _COLOR_LIMITS = (3.0, math.inf)
+# Share of the molecule that the images lack, or that the reference does.
+_DENSITY_LIMITS = (0.01, 0.5)
+# A residue with less of its density than this (mean of so many) is hardly seen; stretches
+# beside which the density of so many residues is are named.
+_HARDLY_SEEN = 0.5
+_SMOOTHED = 5
+_NAMED_DENSITY = 3.0
+# Residues that far apart in a chain are not one stretch.
+_STRETCH_GAP = 10
+_MOST_NAMED = 4
 # Log evidence of the middle particle for the molecule over something else; lower is worse.
 _SUPPORT_LIMITS = (5.0, 0.0)
 
@@ -100,7 +111,7 @@ class Verdict:
 
 
 def judge(
-    dynamics: Dynamics,
+    model: Model,
     population: Population,
     history: Sequence[Mapping],
     latents: Tensor,
@@ -110,7 +121,7 @@ def judge(
 
     Parameters
     ----------
-    dynamics : Dynamics
+    model : Model
     population : Population
     history : sequence of dict
         One record a pass.
@@ -122,7 +133,7 @@ def judge(
     first, last = history[0], history[-1]
     findings = [
         _convergence(last["step"], len(history)),
-        _spread(dynamics, latents),
+        _spread(model.dynamics, latents),
         _graded(
             "junk",
             junk,
@@ -162,6 +173,7 @@ def judge(
             "check the normalisation of the images",
         ),
         *_color(population),
+        *_density(model, population),
     ]
     return Verdict(tuple(findings))
 
@@ -216,3 +228,69 @@ def _color(population: Population) -> list[Finding]:
             "that is coloured noise, or something that the model lacks; look at the residuals",
         )
     ]
+
+
+def _density(model: Model, population: Population) -> list[Finding]:
+    """Where the images' density is not the reference's."""
+    if population.beads is None:
+        return []
+    structure = model.structure
+    occupancy, beside = compare_beads(structure, model.beads, population.beads)
+    smooth = _smoothed(occupancy, structure.node_chain)
+    unseen = smooth < _HARDLY_SEEN
+    parts = []
+    names = [_name(structure, run) for run in _stretches(structure, unseen, 1)]
+    if names:
+        parts.append(f"{_listed(names)} hardly seen")
+    runs = _stretches(structure, beside > 0, _STRETCH_GAP)
+    runs = sorted(runs, key=lambda run: -beside[run].sum())
+    names = [
+        f"{beside[run].sum():.0f} residues beside {_name(structure, run)}"
+        for run in runs
+        if beside[run].sum() > _NAMED_DENSITY
+    ]
+    if names:
+        parts.append(f"density that the reference lacks, as of {_listed(names)}")
+    share = (beside.sum() + (1 - occupancy[unseen]).sum()) / structure.n_nodes
+    return [
+        _graded(
+            "density",
+            float(share),
+            _DENSITY_LIMITS,
+            "; ".join(parts) or "density as in the reference, within what residues vary by",
+            "see density_table(result); complete the reference, or try correct_reference(result)",
+        )
+    ]
+
+
+def _smoothed(values: np.ndarray, chain: np.ndarray) -> np.ndarray:
+    """(n,) running means along each chain."""
+    means = np.empty(len(values))
+    for number in np.unique(chain):
+        own = chain == number
+        kernel = np.ones(min(_SMOOTHED, own.sum()))
+        counts = np.convolve(np.ones(own.sum()), kernel, mode="same")
+        means[own] = np.convolve(values[own], kernel, mode="same") / counts
+    return means
+
+
+def _stretches(structure: Structure, chosen: np.ndarray, gap: int) -> list[np.ndarray]:
+    """Nodes of each stretch of `chosen` (n_nodes,) ones that are no more than `gap` apart."""
+    nodes = np.flatnonzero(chosen)
+    if not len(nodes):
+        return []
+    new = (np.diff(nodes) > gap) | (np.diff(structure.node_chain[nodes]) != 0)
+    return np.split(nodes, np.flatnonzero(new) + 1)
+
+
+def _name(structure: Structure, nodes: np.ndarray) -> str:
+    """Such as "chain B 310–325"."""
+    numbers = structure.atoms.getResnums()[structure.node_rows[nodes]]
+    chain = structure.chain_ids[structure.node_chain[nodes[0]]]
+    first, last = numbers.min(), numbers.max()
+    return f"chain {chain} {first}" + (f"–{last}" if last > first else "")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

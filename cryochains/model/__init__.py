@@ -21,7 +21,7 @@ from .frames import (
     superposed,
 )
 from .microscope import Microscope
-from .model import Model, require_same_images, require_same_model
+from .model import Model, beads_of, require_same_images, require_same_model
 from .population import (
     ElasticPrior,
     Population,
@@ -48,6 +48,7 @@ __all__ = [
     "Model",
     "Population",
     "Truth",
+    "beads_of",
     "can_change_frame",
     "elastic_prior",
     "elastic_variance",

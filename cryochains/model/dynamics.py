@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..molecule import Modes, Structure
+from ..molecule import Beads, Modes, Structure
 from .rotations import cross_matrix, right_jacobian, rotvec_to_matrix
 
 KINDS = ("mode", "rotation", "translation")
@@ -26,7 +26,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ChainLayout:
-    """Where one chain is in the arrays: its atoms, and its latents of each kind.
+    """Where one chain is in the arrays: its atoms (or beads), and its latents of each kind.
 
     The slice of a kind that is switched off is empty.
     """
@@ -43,7 +43,7 @@ class ChainLayout:
 
     @property
     def n_atoms(self) -> int:
-        """Number of imaging atoms of the chain."""
+        """Number of imaging atoms, or of beads, of the chain."""
         return self.atoms.stop - self.atoms.start
 
 
@@ -61,6 +61,8 @@ class Dynamics:
         Switch the rigid motion of chains on or off (cN50: both off; cR: translation off).
     device : torch.device
         Where coordinates are computed; see `to`.
+    beads : Beads, optional
+        Whose coordinates these are; None for those of the imaging atoms. See `with_beads`.
 
     Raises
     ------
@@ -84,6 +86,7 @@ class Dynamics:
     rotation: bool = True
     translation: bool = True
     device: torch.device = _CPU
+    beads: Beads | None = None
 
     def __post_init__(self) -> None:
         if self.modes is None and not (self.rotation or self.translation):
@@ -96,6 +99,8 @@ class Dynamics:
                 f"expected modes of {self.structure!r}, got modes of another structure; "
                 "try compute_modes on this structure"
             )
+        if self.beads is not None:
+            _require_beads_of(self.structure, self.beads)
 
     # How latents are laid out
 
@@ -105,7 +110,7 @@ class Dynamics:
         layouts = []
         start = 0
         for chain in range(self.structure.n_chains):
-            atoms = np.flatnonzero(self.structure.chain_index == chain)
+            atoms = np.flatnonzero(self._node_chain == chain)
             n_modes = 0 if self.modes is None else len(self.modes.eigenvalues[chain])
             rotation_start = start + n_modes
             translation_start = rotation_start + 3 * self.rotation
@@ -161,7 +166,8 @@ class Dynamics:
     @cached_property
     def reference(self) -> Tensor:
         """(n_atoms, 3) float32 coordinates in Å of the reference."""
-        return self._tensor(self.structure.coords)
+        points = self.structure if self.beads is None else self.beads
+        return self._tensor(points.coords)
 
     @cached_property
     def centers(self) -> Tensor:
@@ -180,11 +186,21 @@ class Dynamics:
 
     def _vectors(self, chain: int) -> np.ndarray:
         nodes = np.flatnonzero(self.structure.node_chain == chain)
-        # Every atom follows its residue's node: "ca", "heavy" and all atoms share their latents.
-        of_atom = self.structure.node_index[self.chains[chain].atoms] - nodes[0]
+        # Every atom and bead follows its residue's node, so that all share their latents.
+        of_atom = self._node[self.chains[chain].atoms] - nodes[0]
         if self.modes is None:
             return np.zeros((0, len(of_atom), 3))
         return self.modes.vectors[chain][:, of_atom] * np.sqrt(len(nodes))
+
+    @cached_property
+    def _node(self) -> np.ndarray:
+        """(n_atoms,) node that every atom or bead moves with."""
+        return self.structure.node_index if self.beads is None else self.beads.node
+
+    @cached_property
+    def _node_chain(self) -> np.ndarray:
+        """(n_atoms,) chain of every atom or bead."""
+        return self.structure.node_chain[self._node]
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         array = np.ascontiguousarray(values, dtype=np.float32)
@@ -199,7 +215,17 @@ class Dynamics:
 
     def with_structure(self, structure: Structure) -> "Dynamics":
         """The same motions on another set of atoms of the same molecule."""
-        return replace(self, structure=structure)
+        return replace(self, structure=structure, beads=None)
+
+    def with_beads(self, beads: Beads) -> "Dynamics":
+        """The same motions of the beads that images are drawn with.
+
+        Raises
+        ------
+        ValueError
+            When the beads are not those of this structure, chain by chain.
+        """
+        return replace(self, beads=beads)
 
     def all_atoms(self) -> "Dynamics":
         """The same motions on every atom: side chains and ligands move with their residue."""
@@ -329,3 +355,14 @@ class Dynamics:
     def __repr__(self) -> str:
         present = ", ".join(kind for kind in KINDS if (self.latent_kind == kind).any())
         return f"Dynamics({self.structure.name!r}, {self.n_latents} latents: {present})"
+
+
+def _require_beads_of(structure: Structure, beads: Beads) -> None:
+    inside = (beads.node >= 0) & (beads.node < structure.n_nodes)
+    chain = structure.node_chain[beads.node[inside]]
+    ordered = not (np.diff(chain) < 0).any()
+    if not inside.all() or not ordered or len(np.unique(chain)) < structure.n_chains:
+        raise ValueError(
+            f"expected beads that move with nodes 0 to {structure.n_nodes - 1}, chain by chain, "
+            "got others; try those of this structure"
+        )

@@ -1,7 +1,7 @@
 """Everything fixed about an experiment: the molecule, how it may move, and the microscope."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .._files import content_digest
 from ..images import ParticleStack
-from ..molecule import Modes, Structure, compute_modes
+from ..molecule import Beads, Modes, Structure, atom_beads, compute_modes, residue_beads
 from .dynamics import Dynamics
 from .microscope import Microscope, require_fit_in_box
 
 # What each part of a fingerprint is called where it differs.
 _PART_NAMES = {
     "structure": "structure or bodies",
-    "atoms": "imaging atoms",
+    "atoms": "beads or imaging atoms",
     "switches": "number of modes, or whether chains turn and shift",
     "modes": "modes",
     "origin": "origin",
@@ -48,7 +48,9 @@ class Model:
         ``modes=None``; N100 is ``Model(structure.as_one_body(), particles, modes=100,
         rotation=False, translation=False)``.
     sigma : float, optional
-        Width of an atom's Gaussian in Å, by default ``max(2.0, 0.8 · pixel_size)``.
+        Draws one Gaussian of this width in Å at every imaging atom, as the paper does. By default
+        images are drawn of two beads a residue with widths of their own (see `Beads`), or of the
+        atoms of a structure that was loaded with ``atoms="heavy"``.
     box_size, pixel_size
         Of the images, px and Å, where no `particles` are given.
 
@@ -58,7 +60,11 @@ class Model:
     dynamics : Dynamics
         Latents ↔ coordinates.
     microscope : Microscope
-        Coordinates → images.
+        Coordinates of the beads → images.
+    beads : Beads
+        What scatters.
+    bead_dynamics : Dynamics
+        Latents ↔ coordinates of the beads.
 
     Raises
     ------
@@ -78,6 +84,8 @@ class Model:
     structure: Structure
     dynamics: Dynamics
     microscope: Microscope
+    sigma: float | None
+    beads: Beads
 
     def __init__(
         self,
@@ -92,16 +100,31 @@ class Model:
         pixel_size: float | None = None,
     ) -> None:
         box_size, pixel_size = _image_size(particles, box_size, pixel_size)
-        microscope = Microscope(structure.weights, box_size, pixel_size, structure.origin, sigma)
+        beads = beads_of(structure, sigma)
+        microscope = Microscope(beads.weights, box_size, pixel_size, structure.origin, beads.widths)
         require_fit_in_box(structure.coords, structure.origin, box_size, pixel_size)
         if modes is not None and not isinstance(modes, Modes):
             modes = None if _is_zero(modes) else compute_modes(structure, n_modes=modes)
-        self._set(Dynamics(structure, modes, rotation, translation), microscope)
+        sigma = None if sigma is None else float(sigma)
+        self._set(Dynamics(structure, modes, rotation, translation), microscope, sigma, beads)
 
-    def _set(self, dynamics: Dynamics, microscope: Microscope) -> None:
-        object.__setattr__(self, "structure", dynamics.structure)
-        object.__setattr__(self, "dynamics", dynamics)
-        object.__setattr__(self, "microscope", microscope)
+    def _set(
+        self, dynamics: Dynamics, microscope: Microscope, sigma: float | None, beads: Beads
+    ) -> None:
+        values = {
+            "structure": dynamics.structure,
+            "dynamics": dynamics,
+            "microscope": microscope,
+            "sigma": sigma,
+            "beads": beads,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def bead_dynamics(self) -> Dynamics:
+        """The same latents as coordinates of the beads."""
+        return self.dynamics.with_beads(self.beads)
 
     @property
     def modes(self) -> Modes | None:
@@ -133,9 +156,25 @@ class Model:
         device = torch.device(device)
         if device == self.device:
             return self
-        moved = object.__new__(Model)
-        moved._set(self.dynamics.to(device), self.microscope.to(device))
-        return moved
+        return self._copy(self.dynamics.to(device), self.microscope.to(device), self.beads)
+
+    def with_beads(self, beads: Beads | None) -> "Model":
+        """The same motions drawn with other beads, such as were learned; None leaves all as it is.
+
+        Latents mean the same, and so the fingerprint stays that of the model.
+        """
+        if beads is None:
+            return self
+        microscope = replace(self.microscope, weights=beads.weights, sigma=beads.widths)
+        return self._copy(self.dynamics, microscope, beads)
+
+    def _copy(self, dynamics: Dynamics, microscope: Microscope, beads: Beads) -> "Model":
+        """With the fingerprint of this model."""
+        copy = object.__new__(Model)
+        copy._set(dynamics, microscope, self.sigma, beads)
+        object.__setattr__(copy, "fingerprint", self.fingerprint)
+        object.__setattr__(copy, "bead_dynamics", dynamics.with_beads(beads))
+        return copy
 
     def decode(self, latents: Tensor) -> Tensor:
         """(…, n_atoms, 3) coordinates in Å of (…, p) latents."""
@@ -149,7 +188,8 @@ class Model:
         ctf: Tensor | None = None,
     ) -> Tensor:
         """(b, box, box) noise-free images of (b, p) latents at the given poses, at brightness 1."""
-        return self.microscope.render(self.decode(latents), rotations, shifts, ctf)
+        coords = self.bead_dynamics.decode(latents)
+        return self.microscope.render(coords, rotations, shifts, ctf)
 
     @cached_property
     def fingerprint(self) -> dict:
@@ -159,17 +199,20 @@ class Model:
         """
         microscope, structure = self.microscope, self.structure
         # To a thousandth of an Å, as files have them.
-        atoms = np.round(1000 * structure.coords).astype("<i8")
-        weights = np.round(1000 * structure.weights).astype("<i8")
+        beads = self.beads
+        parts = [beads.coords, beads.weights]
+        if self.sigma is None:
+            parts.append(beads.widths)
+        digests = [np.round(1000 * part).astype("<i8") for part in parts]
         n_modes = "none" if self.modes is None else str(self.modes.n_modes)
         dynamics = self.dynamics
         return {
             "structure": structure.content_hash,
-            "atoms": content_digest(atoms, weights),
+            "atoms": content_digest(*digests),
             "switches": f"modes {n_modes}, {dynamics.rotation}, {dynamics.translation}",
             "modes": [] if self.modes is None else _mode_numbers(self.modes),
             "origin": microscope.origin.tolist(),
-            "sigma": microscope.width,
+            "sigma": 0.0 if self.sigma is None else self.sigma,
             "box_size": microscope.box_size,
             "pixel_size": microscope.pixel_size,
         }
@@ -207,6 +250,15 @@ def require_same_images(model: Model, particles: ParticleStack) -> None:
             f"expected particles of {model.box_size} px × {model.pixel_size:g} Å, got "
             f"{particles.box_size} px × {particles.pixel_size:g} Å; try Model(structure, particles)"
         )
+
+
+def beads_of(structure: Structure, sigma: float | None = None) -> Beads:
+    """What scatters: one Gaussian of `sigma` Å at every imaging atom; by default see `Model`."""
+    if sigma is not None:
+        return atom_beads(structure, sigma)
+    if np.array_equal(structure.rows, structure.node_rows):
+        return residue_beads(structure)
+    return atom_beads(structure)
 
 
 def _image_size(

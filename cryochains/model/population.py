@@ -5,7 +5,7 @@ prior.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._files import load_tensors, save_tensors
+from ..molecule import Beads
 from .dynamics import KINDS, Dynamics
 from .model import Model, require_same_model
 
@@ -26,6 +27,7 @@ _BONDED_DISTANCE = 8.0
 _PRIOR_PARTICLES = 20
 PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
 _POPULATION_KIND = "population"
+_BEADS = "beads/"
 _NUMBERS = ("noise_std", "contrast", "contrast_spread", "noise_pixels", "junk_share")
 
 
@@ -55,6 +57,9 @@ class Population:
         over all pixels; None for white noise.
     junk_share : float
         Share of particles that do not show the molecule at their poses.
+    beads : Beads, optional
+        What scatters, as the images say; None where they do not ask for other beads than the
+        model's.
     """
 
     mean: Tensor
@@ -66,6 +71,7 @@ class Population:
     noise_pixels: float = 1e6
     noise_spectrum: Tensor | None = None
     junk_share: float = 0.02
+    beads: Beads | None = None
 
     def __post_init__(self) -> None:
         p = len(self.mean)
@@ -96,6 +102,10 @@ class Population:
         tensors = {"mean": self.mean, "covariance": self.covariance}
         if self.noise_spectrum is not None:
             tensors["noise_spectrum"] = self.noise_spectrum
+        if self.beads is not None:
+            for field in fields(self.beads):
+                array = np.ascontiguousarray(getattr(self.beads, field.name))
+                tensors[_BEADS + field.name] = torch.from_numpy(array.copy())
         return tensors
 
     def description(self) -> dict:
@@ -110,6 +120,7 @@ class Population:
             tensors["covariance"],
             fingerprint=meta["fingerprint"],
             noise_spectrum=tensors.get("noise_spectrum"),
+            beads=_unpack_beads(tensors),
             **{name: meta[name] for name in _NUMBERS if name in meta},
         )
 
@@ -117,6 +128,15 @@ class Population:
         spread = float(self.covariance.diagonal().sum().sqrt())
         size = f"{len(self.mean)} latents, spread {spread:.2f} Å"
         return f"Population({size}, noise {self.noise_std:.3g})"
+
+
+def _unpack_beads(tensors: dict[str, Tensor]) -> Beads | None:
+    arrays = {
+        name.removeprefix(_BEADS): tensor.numpy()
+        for name, tensor in tensors.items()
+        if name.startswith(_BEADS)
+    }
+    return Beads(**arrays) if arrays else None
 
 
 def load_population(name: str | os.PathLike) -> Population:
@@ -163,6 +183,8 @@ def require_population(model: Model, population: Population) -> None:
             f"expected a population of {model.n_latents} latents, got {len(population.mean)}; "
             "try the model that it was made with"
         )
+    if population.beads is not None:
+        model.dynamics.with_beads(population.beads)
 
 
 @dataclass(frozen=True, eq=False)

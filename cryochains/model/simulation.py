@@ -23,9 +23,10 @@ from ..images import (
     random_rotations,
     write_particles,
 )
-from ..molecule import Structure
+from ..molecule import Beads, Structure, move_beads
 from .dynamics import Dynamics
 from .microscope import Microscope, require_fit_in_box
+from .model import beads_of
 from .truth import Truth
 
 # Å, radians, kV, mm; a pair is a range to draw from. Those of a 300 kV microscope.
@@ -40,6 +41,8 @@ _CTF_RANGES: dict = {
 }
 # Share of the box that the molecule's largest extent takes.
 _FILLED_SHARE = 0.85
+# Å beyond the centre of the outermost atom where nothing is left to see.
+_MARGIN = 6.0
 # So many images' variance sets the noise.
 _N_FOR_SNR = 512
 # Streams of random numbers: each quantity has its own, so that drawing one more changes no other.
@@ -83,7 +86,8 @@ def simulate_particles(
     snr_db : float
         10·log10(signal variance / noise variance), over the data set. ``math.inf`` adds no noise.
     sigma : float, optional
-        Width in Å of an atom (see `Microscope`).
+        Draws one Gaussian of this width in Å at every imaging atom, as the paper does; by default
+        two beads a residue, as `Model` does.
     ctf : bool or mapping
         True: 300 kV, Cs 2.7 mm, amplitude contrast 0.1, defocus 1–2.5 µm. False: none. A mapping
         changes some of "defocus" and "astigmatism" (Å), "defocus_angle" and "phase_shift"
@@ -137,10 +141,11 @@ def simulate_particles(
 
     farthest = _farthest_coords(truth, structure.origin, chunk_size)
     if pixel_size is None:
-        pixel_size = _filling_pixel_size(farthest, structure.origin, box_size, sigma)
+        pixel_size = _filling_pixel_size(farthest, structure.origin, box_size)
     require_fit_in_box(farthest, structure.origin, box_size, pixel_size)
     device = choose_device(device)
-    microscope = Microscope(structure.weights, box_size, pixel_size, structure.origin, sigma)
+    beads = beads_of(structure, sigma)
+    microscope = Microscope(beads.weights, box_size, pixel_size, structure.origin, beads.widths)
     optics = None
     if ctf is not False:
         optics = _draw_ctf({} if ctf is True else ctf, n_particles, seed)
@@ -149,7 +154,7 @@ def simulate_particles(
     microscope = microscope.to(device)
 
     def clean(rows: Tensor) -> Tensor:
-        return _clean_images(microscope, truth.coords(rows), poses, rows)
+        return _clean_images(microscope, _bead_coords(structure, beads, truth, rows), poses, rows)
 
     measured = torch.arange(min(n_particles, _N_FOR_SNR)).split(chunk_size)
     noise_std = noise_std_for_snr(torch.cat([clean(rows) for rows in measured]), snr_db)
@@ -181,6 +186,13 @@ class _Poses:
     rotations: Tensor
     shifts: Tensor
     ctf: CTF | None
+
+
+def _bead_coords(structure: Structure, beads: Beads, truth: Truth, rows: Tensor) -> Tensor:
+    """(k, n_beads, 3) float32 Å, beads of the particles at `rows`."""
+    if truth.dynamics is not None and truth.latents is not None:
+        return truth.dynamics.with_beads(beads).decode(truth.latents[rows])
+    return torch.from_numpy(move_beads(structure, beads, truth.coords(rows).numpy())).float()
 
 
 @torch.no_grad()
@@ -285,11 +297,8 @@ def _farthest_coords(truth: Truth, origin: np.ndarray, chunk_size: int) -> np.nd
     return farthest[int(np.linalg.norm(np.stack(farthest) - origin, axis=1).argmax())]
 
 
-def _filling_pixel_size(
-    farthest: np.ndarray, origin: np.ndarray, box_size: int, sigma: float | None
-) -> float:
-    # Three widths of an atom beyond its centre nothing is left to see.
-    extent = 2 * (np.linalg.norm(farthest - origin) + 3 * (sigma or 2.0))
+def _filling_pixel_size(farthest: np.ndarray, origin: np.ndarray, box_size: int) -> float:
+    extent = 2 * (np.linalg.norm(farthest - origin) + _MARGIN)
     return math.ceil(100 * extent / (_FILLED_SHARE * box_size)) / 100
 
 

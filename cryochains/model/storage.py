@@ -16,7 +16,7 @@ def pack_model(model: Model) -> tuple[dict[str, Tensor], dict]:
         "modes": None,
         "rotation": model.dynamics.rotation,
         "translation": model.dynamics.translation,
-        "sigma": model.microscope.width,
+        "sigma": model.sigma,
         "box_size": model.box_size,
         "pixel_size": model.pixel_size,
     }

@@ -6,6 +6,7 @@ Modules, each importing only from those before it:
 - `sources`: atoms from an embedded example, a file, a PDB id or ProDy
 - `writing`: atoms to PDB text and mmCIF
 - `structure`: `Structure`, a molecule as bodies that move
+- `beads`: the few Gaussians a residue that a molecule is drawn with
 - `superposition`: superposition of two conformations, and a morph between them
 - `pairing`: which body and which residue of one structure is which of another
 - `matching`: two structures cut down to what they share
@@ -14,6 +15,7 @@ Modules, each importing only from those before it:
 - `storage`: structures and modes as arrays and JSON
 """
 
+from .beads import Beads, atom_beads, compare_beads, move_beads, residue_beads
 from .matching import Match, match_structures
 from .modes import Modes, compute_modes, find_chain
 from .screws import Screw, change_sentence, describe_change, screw_motion
@@ -24,21 +26,26 @@ from .superposition import morph, rigid_fit, superpose
 from .writing import chain_names, write_structure
 
 __all__ = [
+    "Beads",
     "Match",
     "Modes",
     "Screw",
     "Structure",
+    "atom_beads",
     "chain_names",
     "change_sentence",
+    "compare_beads",
     "compute_modes",
     "describe_change",
     "find_chain",
     "load_structure",
     "match_structures",
     "morph",
+    "move_beads",
     "pack_modes",
     "pack_structure",
     "quiet_prody",
+    "residue_beads",
     "rigid_fit",
     "screw_motion",
     "superpose",

@@ -197,13 +197,17 @@ def residue_scattering(atoms: prody.AtomGroup, rows: np.ndarray) -> np.ndarray:
     A residue of a type that is not listed here counts the atoms that were modelled, as an alanine
     at least.
     """
-    ids = residue_ids(atoms)
-    numbers = atomic_numbers(atoms)
-    modelled = np.bincount(ids, weights=np.where(numbers > 1, numbers, 0.0))
-    modelled = np.maximum(modelled, _ELECTRONS["ALA"])[ids[rows]]
+    modelled = np.maximum(modelled_electrons(atoms, rows), _ELECTRONS["ALA"])
     types = [_ALIASES.get(name, name) for name in atoms.getResnames()[rows]]
     electrons = [_ELECTRONS.get(kind, own) for kind, own in zip(types, modelled, strict=True)]
     return np.array(electrons)
+
+
+def modelled_electrons(atoms: prody.AtomGroup, rows: np.ndarray) -> np.ndarray:
+    """(n,) electrons in the heavy atoms that were modelled of the residues of the atoms `rows`."""
+    ids = residue_ids(atoms)
+    numbers = atomic_numbers(atoms)
+    return np.bincount(ids, weights=np.where(numbers > 1, numbers, 0.0))[ids[rows]]
 
 
 def assign_nodes(atoms: prody.AtomGroup, body: np.ndarray, node_rows: np.ndarray) -> np.ndarray:

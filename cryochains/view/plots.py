@@ -86,7 +86,7 @@ def plot_particles(result: Result, n: int = 6) -> Figure:
     chosen = result[: min(n, len(result))]
     particles = result.particles[: len(chosen)]
     batch = next(particles.batches(len(chosen), device="cpu", require_finite=False))
-    model_images = chosen.model.render(chosen.latents, *batch.pose)
+    model_images = chosen.imaging_model.render(chosen.latents, *batch.pose)
     model_images = chosen.scale[:, None, None] * model_images
     shown = {
         "image": batch.images,

@@ -74,6 +74,18 @@ def test_gradients_of_projection():
         assert gradcheck(lambda c: project(c, weights, 10, PIXEL, 3.0), positions)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_gradients_by_weights(wide):
+    """Also where each Gaussian has a width of its own; images are linear in weights."""
+    coords, weights = cloud(n=6, batch=2, width=3.0, dtype=torch.float64)
+    sigma = torch.linspace(2, 6, 12, dtype=torch.float64).view(2, 6) if wide else 3.0
+    inputs = coords.requires_grad_(), weights.clone().requires_grad_()
+    assert gradcheck(lambda c, w: project(c, w, 10, PIXEL, sigma), inputs, atol=1e-6)
+    with torch.no_grad():
+        twice = project(coords, 2 * weights, 10, PIXEL, sigma)
+        torch.testing.assert_close(twice, 2 * project(coords, weights, 10, PIXEL, sigma))
+
+
 def test_second_derivative_is_refused_rather_than_wrong():
     coords, weights = cloud(n=6)
     coords.requires_grad_()

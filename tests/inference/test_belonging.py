@@ -27,7 +27,7 @@ from cryochains.inference import (
     true_latents,
 )
 from cryochains.model import Model, Population, simulate_particles
-from cryochains.molecule import Structure, compute_modes, load_structure
+from cryochains.molecule import Structure, compute_modes, load_structure, residue_beads
 
 N = 12
 BOX, PIXEL = 32, 5.0
@@ -226,6 +226,15 @@ def test_another_model_is_refused(made, other, use):
 # Other particles, and other shapes
 
 
+def resume_with_other_beads(m) -> Result:
+    """A run that was given a population, resumed with the same but for its beads."""
+    checkpoint = m.checkpoint.with_name("with_population")
+    refine(m.model, m.particles, m.population, checkpoint=checkpoint, **QUICK)
+    beads = replace(m.model.beads, weights=m.model.beads.weights / 2)
+    lighter = replace(m.population, beads=beads)
+    return refine(m.model, m.particles, lighter, checkpoint=checkpoint, **QUICK)
+
+
 def foreign(m) -> ParticleStack:
     """Of the same ids, from other directions."""
     return replace(m.particles, rotations=m.particles.rotations.flip(0))
@@ -324,6 +333,10 @@ CASES = {
         lambda m: resume(m, m.particles, population=m.population),
         "population",
     ),
+    "checkpoint: a population with other beads": (
+        resume_with_other_beads,
+        "population",
+    ),
     "training checkpoint: other particles": (
         lambda m: train_encoder(
             m.model,
@@ -363,6 +376,18 @@ CASES = {
     "refine: population of fewer latents": (
         lambda m: refine(m.model, m.particles, shorter(m.population), **QUICK),
         "16 latents, got 15",
+    ),
+    "population: beads of a larger molecule": (
+        lambda m: replace(m.result, population=with_foreign_beads(m.population)),
+        "nodes 0 to 738",
+    ),
+    "refine: population with beads of a larger molecule": (
+        lambda m: refine(m.model, m.particles, with_foreign_beads(m.population), **QUICK),
+        "nodes 0 to 738",
+    ),
+    "limit: population with beads of a larger molecule": (
+        lambda m: information_limit(m.model, m.particles, with_foreign_beads(m.population)),
+        "nodes 0 to 738",
     ),
     "transform: latents of another length": (
         lambda m: m.motions.transform(torch.zeros(4, 15)),
@@ -414,6 +439,11 @@ def resume(m, particles, **settings) -> Result:
 def shorter(population) -> Population:
     covariance = population.covariance[:-1, :-1]
     return replace(population, mean=population.mean[:-1], covariance=covariance)
+
+
+def with_foreign_beads(population) -> Population:
+    beads = residue_beads(load_structure("glua3-open"))
+    return replace(population, beads=replace(beads, node=beads.node + 5))
 
 
 def heavy(m) -> Model:

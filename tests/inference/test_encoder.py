@@ -229,7 +229,7 @@ def test_untrained_it_answers_with_the_reference_and_draws_it(model):
     network = new_network(model, 0.05, "block", seed=0)
     rotations = random_rotations(3, 0)
     shifts = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-3.0, 5.0]])
-    coords = model.dynamics.reference.expand(3, -1, -1)
+    coords = torch.from_numpy(model.beads.coords).float().expand(3, -1, -1)
     with torch.no_grad():
         torch.testing.assert_close(
             model.render(network(pictures(3)), rotations, shifts),

@@ -37,12 +37,14 @@ SCALE = torch.tensor([0.6, 1.7, 2.3], dtype=torch.float64)
 BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
 
 
-@pytest.fixture(scope="module")
-def model():
-    # Atoms wide enough that nothing is left at the Nyquist frequency, where an image and its
-    # transform differ.
+@pytest.fixture(scope="module", params=[6.5, None], ids=["atoms", "beads"])
+def model(request):
+    """Of atoms wide enough that nothing is left at the Nyquist frequency, and as by default.
+
+    Beads are narrower than these pixels represent.
+    """
     structure = load_structure("glua3-closed", bodies=BODIES)
-    return Model(structure, box_size=BOX, pixel_size=PIXEL, sigma=6.5, modes=(3, 2))
+    return Model(structure, box_size=BOX, pixel_size=PIXEL, sigma=request.param, modes=(3, 2))
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +53,11 @@ def latents(model):
     return torch.randn(N, model.dynamics.n_latents, generator=generator, dtype=torch.float64)
 
 
-def make_pose(shifts=True, ctf=True):
+def make_pose(shifts=True, ctf=True, astigmatism=1e3):
     one = torch.ones(N, dtype=torch.float64)
     angle = torch.tensor([0.3, 1.1, -0.5], dtype=torch.float64)
-    optics = CTF(1.6e4 * one, 1.5e4 * one, angle, 0 * one, 300 * one, 2.7 * one, 0.1 * one)
+    v = (1.6e4 - astigmatism) * one
+    optics = CTF(1.6e4 * one, v, angle, 0 * one, 300 * one, 2.7 * one, 0.1 * one)
     return (
         random_rotations(N, 1).double(),
         torch.tensor([[2.0, -3.0], [0.0, 1.0], [5.0, 4.0]], dtype=torch.float64)
@@ -65,21 +68,35 @@ def make_pose(shifts=True, ctf=True):
 
 
 def plain_project(coords, weights, box_size, pixel_size, sigma):
-    """The projection as one formula, which every kind of derivative passes through."""
+    """The projection as one formula, which every kind of derivative passes through.
+
+    `sigma` is one number, or one of each Gaussian of each image.
+    """
     grid = pixel_grid(box_size, pixel_size, coords)
+    sigma = torch.as_tensor(sigma, dtype=coords.dtype).expand(coords.shape[:2])
     gx, gy = (
-        torch.exp(-((grid - coords[..., axis].unsqueeze(-1)) ** 2) / (2 * sigma**2))
+        torch.exp(-((grid - coords[..., axis].unsqueeze(-1)) ** 2) / (2 * sigma.unsqueeze(-1) ** 2))
         for axis in (0, 1)
     )
-    return torch.einsum("n,bny,bnx->byx", weights.to(coords.dtype), gy, gx) / (
-        2 * math.pi * sigma**2
-    )
+    amplitudes = weights.to(coords.dtype) / (2 * math.pi * sigma**2)
+    return torch.einsum("bn,bny,bnx->byx", amplitudes, gy, gx)
 
 
 def seen(images, blur):
     """What is compared: blurred, without each image's mean."""
     images = filter_images(images, gaussian_transfer(BOX, PIXEL, blur).double()) if blur else images
     return images - images.mean(dim=(-2, -1), keepdim=True)
+
+
+def draw(model, latents, pose, blur):
+    """Images as they are compared, in plain operations.
+
+    Of beads that pixels cannot represent, blurred ones are drawn and not drawn ones blurred.
+    """
+    if model.sigma is not None:
+        return seen(model.render(latents, *pose), blur)
+    coords = model.bead_dynamics.decode(latents)
+    return seen(model.microscope.render(coords, *pose, blur=blur), 0.0)
 
 
 def data(seed=3):
@@ -140,8 +157,8 @@ def assert_derivatives(model, monkeypatch, equations, images, pose, latents, spe
         of_noise = spectrum[row] if spectrum is not None and spectrum.ndim == 2 else spectrum
 
         def image(z, of_row=of_row, a=a, of_noise=of_noise):
-            drawn = a * model.render(z[None], *of_row)[0]
-            return whitened(seen(drawn, blur), of_noise).flatten()
+            drawn = a * draw(model, z[None], of_row, blur)[0]
+            return whitened(drawn, of_noise).flatten()
 
         j = jacfwd(image)(latents[row]).detach()
         f = image(latents[row]).detach()
@@ -160,13 +177,19 @@ def assert_derivatives(model, monkeypatch, equations, images, pose, latents, spe
             assert difference / value.abs().max() < 2e-5, (name, float(difference))
 
 
+def pose_of(model, shifts=True, ctf=True):
+    # Beads leave something at the Nyquist frequency, where an image and its transform are the same
+    # for round CTFs only.
+    return make_pose(shifts, ctf, 1e3 if model.sigma is not None else 0.0)
+
+
 @pytest.mark.parametrize("shifts", [True, False])
 @pytest.mark.parametrize("ctf", [True, False])
 @pytest.mark.parametrize("blur", [0.0, 6.0])
 def test_normal_equations_are_those_of_forward_mode_derivatives(
     model, latents, monkeypatch, shifts, ctf, blur
 ):
-    pose = make_pose(shifts, ctf)
+    pose = pose_of(model, shifts, ctf)
     images = render(model, latents, pose).detach() + data()
     equations = normal_equations(model, images, pose, latents, blur=blur)
     assert_derivatives(model, monkeypatch, equations, images, pose, latents, None, blur)
@@ -179,7 +202,7 @@ def test_normal_equations_are_those_of_forward_mode_derivatives(
 @pytest.mark.parametrize("blur", [0.0, 6.0])
 def test_coloured_noise_is_divided_by_its_amplitude(model, latents, monkeypatch, kind, blur):
     """The same as images and model that were whitened in Fourier space."""
-    pose, spectrum = make_pose(), coloured(kind)
+    pose, spectrum = pose_of(model), coloured(kind)
     images = render(model, latents, pose).detach() + data()
     settings = {"noise_spectrum": spectrum, "blur": blur}
     equations = normal_equations(model, images, pose, latents, **settings)
@@ -221,7 +244,7 @@ def rings_of(images, others) -> torch.Tensor:
 
 
 def test_powers_are_those_of_rings(model, latents):
-    pose = make_pose()
+    pose = pose_of(model)
     drawn = model.render(latents, *pose).detach()
     equations = normal_equations(model, data(), pose, latents)
     for name, expected in (
@@ -459,12 +482,11 @@ def draw_steps(rows, equations):
     return 0.1 * slope / slope.norm(dim=1, keepdim=True), SCALE[rows]
 
 
-def of_everything(seed=0) -> dict:
+def of_everything(model, seed=0) -> dict:
     """Settings that differ between particles."""
     generator = torch.Generator().manual_seed(seed)
-    n_atoms = len(load_structure("glua3-closed", bodies=BODIES).coords)
     return {
-        "variance": torch.rand(N, n_atoms, generator=generator).double(),
+        "variance": torch.rand(N, len(model.beads), generator=generator).double(),
         "noise_spectrum": coloured("own"),
         "sampler": draw_steps,
     }
@@ -472,7 +494,7 @@ def of_everything(seed=0) -> dict:
 
 def test_blocks_of_particles_change_nothing(model, latents, monkeypatch):
     pose = make_pose()
-    every = of_everything()
+    every = of_everything(model)
     for names in ((), ("variance",), ("noise_spectrum",), ("sampler",), tuple(every)):
         settings = {name: every[name] for name in names}
         whole = normal_equations(model, data(), pose, latents, **settings)
@@ -495,19 +517,19 @@ def test_threads_change_nothing(model, latents, monkeypatch, threads):
         assert torch.stack(parts).tolist() == [2, 2, 2]
         assert not any(part.requires_grad for part in parts)
         monkeypatch.setattr(cryochains.inference.likelihood, "BLOCK_BYTES", {"cpu": 1})
-        threaded = normal_equations(model, data(), make_pose(), latents, **of_everything())
+        threaded = normal_equations(model, data(), make_pose(), latents, **of_everything(model))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     monkeypatch.undo()
-    alone = normal_equations(model, data(), make_pose(), latents, **of_everything())
+    alone = normal_equations(model, data(), make_pose(), latents, **of_everything(model))
     for name in alone.known():
         torch.testing.assert_close(getattr(threaded, name), getattr(alone, name))
 
 
 def test_full_steps_find_a_noise_free_image(model, latents):
     """Gauss–Newton from nearby, whatever the pose and CTF."""
-    pose = make_pose()
+    pose = pose_of(model)
     images = render(model, latents, pose).detach()
     generator = torch.Generator().manual_seed(5)
     z = latents + 0.2 * torch.randn(latents.shape, generator=generator, dtype=torch.float64)
@@ -547,28 +569,34 @@ def test_position_variance_is_that_of_decoded_samples(model, latents):
     p, rotations = model.dynamics.n_latents, make_pose()[0]
     root = 0.1 * torch.randn(N, p, p, generator=generator, dtype=torch.float64) / p**0.5
     covariance = root @ root.transpose(1, 2)
-    variance = position_variance(model.dynamics, latents, rotations, covariance)
+    dynamics = model.bead_dynamics
+    variance = position_variance(dynamics, latents, rotations, covariance)
     draws = torch.randn(4000, p, generator=generator, dtype=torch.float64)
     for row in range(N):
-        coords = model.decode(latents[row] + draws @ root[row].T)
+        coords = dynamics.decode(latents[row] + draws @ root[row].T)
         seen_at = coords @ rotations[row, :2].T
         expected = seen_at.var(0).mean(-1)
         torch.testing.assert_close(variance[row], expected, rtol=0.12, atol=1e-6)
-    far = position_variance(model.dynamics, latents, rotations, 1e6 * covariance)
+    far = position_variance(dynamics, latents, rotations, 1e6 * covariance)
     assert far.max() == MAX_ATOM_SIGMA**2
 
 
 def test_an_uncertain_atom_is_drawn_as_its_expected_image(model, latents):
     """Wide atoms are the mean over images whose atoms are displaced at random."""
     pose = make_pose(shifts=False, ctf=False)
-    variance = torch.full((N, model.structure.n_atoms), 2.0, dtype=torch.float64)
+    variance = torch.full((N, len(model.beads)), 2.0, dtype=torch.float64)
     images = torch.zeros(N, BOX, BOX, dtype=torch.float64)
     wide = normal_equations(model, images, pose, latents, variance=variance)
-    microscope = model.microscope
-    sigma = (microscope.width**2 + 2.0) ** 0.5
-    xy = microscope.image_positions(model.decode(latents), pose[0])
-    expected = project(xy, microscope.weight_tensor, BOX, PIXEL, sigma)
-    expected = expected - expected.mean(dim=(1, 2), keepdim=True)
+    beads = model.beads
+    # What pixels cannot represent is drawn wider, and sharpened.
+    extra = max(0.0, (0.8 * PIXEL) ** 2 - beads.widths.min() ** 2)
+    sigma = torch.from_numpy(np.sqrt(beads.widths**2 + 2.0 + extra)).expand(N, -1)
+    xy = model.microscope.image_positions(model.bead_dynamics.decode(latents), pose[0])
+    expected = project(xy, torch.from_numpy(beads.weights), BOX, PIXEL, sigma)
+    frequency = torch.from_numpy(np.fft.fftfreq(BOX, PIXEL))
+    squared = frequency[:, None] ** 2 + frequency[: BOX // 2 + 1] ** 2
+    sharpening = torch.exp(2 * math.pi**2 * extra * squared.clamp(max=0.25 / PIXEL**2))
+    expected = seen(filter_images(expected, sharpening), 0.0)
     power = wide.model_power.sum(1)
     torch.testing.assert_close(power, expected.square().sum((1, 2)), rtol=1e-5, atol=0)
     assert (power < normal_equations(model, images, pose, latents).model_power.sum(1)).all()

@@ -31,7 +31,7 @@ from cryochains.images.stacks import Images
 from cryochains.inference import Encoder, Result
 from cryochains.inference.encoder import new_network
 from cryochains.model import Dynamics, Microscope, Model, Population, Truth
-from cryochains.molecule import Modes, Structure
+from cryochains.molecule import Beads, Modes, Structure
 from cryochains.view import plots
 
 N = 10
@@ -111,6 +111,8 @@ class Given:
     modes: Modes
     model: Model
     dynamics: Dynamics
+    beads: Beads
+    bead_dynamics: Dynamics
     microscope: Microscope
     particles: ParticleStack
     in_memory: ParticleStack
@@ -155,6 +157,8 @@ def given(pair, tmp_path_factory) -> Given:
         modes=model.modes,
         model=model,
         dynamics=model.dynamics,
+        beads=model.beads,
+        bead_dynamics=model.bead_dynamics,
         microscope=model.microscope,
         particles=particles,
         in_memory=replace(particles, images=particles.read_images()),
@@ -176,6 +180,15 @@ def given(pair, tmp_path_factory) -> Given:
 
 VERBS: dict[str, Callable[[Given, Path], object]] = {
     # molecule
+    "atom_beads": lambda g, f: molecule.atom_beads(g.closed, 3.0),
+    "compare_beads": lambda g, f: molecule.compare_beads(
+        g.closed, g.beads, molecule.atom_beads(g.closed)
+    ),
+    "residue_beads": lambda g, f: molecule.residue_beads(g.closed),
+    "move_beads": lambda g, f: [
+        molecule.move_beads(g.closed, beads, g.conformations)
+        for beads in (g.beads, molecule.atom_beads(g.closed))
+    ],
     "chain_names": lambda g, f: molecule.chain_names(g.closed.atoms),
     "compute_modes": lambda g, f: molecule.compute_modes(g.closed, 3, cache=False),
     "describe_change": lambda g, f: molecule.describe_change(
@@ -202,11 +215,11 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     ),
     "noise_std_for_snr": lambda g, f: images.noise_std_for_snr(g.in_memory.read_images(), 0.0),
     "project": lambda g, f: images.project(
-        g.dynamics.reference[None], g.microscope.weight_tensor, 32, 4.0, 3.0
+        g.bead_dynamics.reference[None], g.microscope.weight_tensor, 32, 4.0, 3.0
     ),
     "project_tangents": lambda g, f: images.project_tangents(
-        g.dynamics.reference[None, :, :2],
-        g.dynamics.reference[None, None, :, :2],
+        g.bead_dynamics.reference[None, :, :2],
+        g.bead_dynamics.reference[None, None, :, :2],
         g.microscope.weight_tensor,
         32,
         4.0,
@@ -260,6 +273,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         ),
     ],
     # inference
+    "correct_reference": lambda g, f: inference.correct_reference(g.result),
     "encode": lambda g, f: inference.encode(g.encoder, g.particles),
     "information_limit": lambda g, f: [
         inference.information_limit(g.model, g.particles),
@@ -282,7 +296,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         for batch in g.particles.batches(N)
     ],
     "position_variance": lambda g, f: inference.position_variance(
-        g.dynamics, g.latents[:1], g.particles.rotations[:1], g.covariance[None]
+        g.bead_dynamics, g.latents[:1], g.particles.rotations[:1], g.covariance[None]
     ),
     "posterior_covariance": lambda g, f: [
         inference.posterior_covariance(g.result, [0, 3]),
@@ -330,6 +344,10 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "compute_pca": lambda g, f: analysis.compute_pca(g.result, chain="B", kind="rigid"),
     "decode_ensemble": lambda g, f: analysis.decode_ensemble(g.model, g.latents),
     "decode_one": lambda g, f: analysis.decode_one(g.dynamics, g.latents[0]),
+    "density_table": lambda g, f: [
+        analysis.density_table(g.result),
+        analysis.density_table(with_other_beads(g.result)),
+    ],
     "describe_motion": lambda g, f: analysis.describe_motion(g.motions),
     "latent_names": lambda g, f: analysis.latent_names(g.dynamics),
     "latent_table": lambda g, f: [
@@ -368,6 +386,10 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "plot_residue_motion": lambda g, f: drawn(plots.plot_residue_motion(g.model, g.latents[:3])),
     # Methods of nouns
     "Model.to": lambda g, f: g.model.to("meta"),
+    "Model.with_beads": lambda g, f: [
+        g.model.with_beads(beads).render(g.latents, g.particles.rotations)
+        for beads in (None, molecule.atom_beads(g.closed, 4.0))
+    ],
     "Model.decode": lambda g, f: g.model.decode(g.latents),
     "Model.render": lambda g, f: [
         g.model.render(g.latents, *batch.pose) for batch in g.particles.batches(N)
@@ -414,6 +436,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     ],
     "Dynamics.to": lambda g, f: g.dynamics.to("meta"),
     "Dynamics.with_structure": lambda g, f: g.dynamics.with_structure(g.closed.all_atoms()),
+    "Dynamics.with_beads": lambda g, f: g.dynamics.with_beads(g.beads).decode(g.latents),
     "Dynamics.all_atoms": lambda g, f: g.dynamics.all_atoms().decode(g.latents),
     "Dynamics.bend": lambda g, f: g.dynamics.bend(g.latents, 0),
     "Dynamics.rotvecs": lambda g, f: g.dynamics.rotvecs(g.latents, 0),
@@ -423,25 +446,39 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "Dynamics.fit": lambda g, f: g.dynamics.fit(g.conformations),
     "Microscope.to": lambda g, f: g.microscope.to("meta"),
     "Microscope.image_positions": lambda g, f: g.microscope.image_positions(
-        g.dynamics.reference[None], g.particles.rotations[:1], g.particles.shifts[:1]
+        g.bead_dynamics.reference[None], g.particles.rotations[:1], g.particles.shifts[:1]
     ),
-    "Microscope.project": lambda g, f: g.microscope.project(
-        g.dynamics.reference[None, :, :2], torch.full((1, g.closed.n_atoms), 3.0), 16
-    ),
-    "Microscope.spectrum": lambda g, f: g.microscope.spectrum(
-        g.dynamics.reference[None, :, :2], torch.ones(32, 17), 3.0, 32
-    ),
-    "Microscope.tangent_spectra": lambda g, f: g.microscope.tangent_spectra(
-        g.dynamics.reference[None, :, :2],
-        g.dynamics.reference[None, None, :, :2],
-        slice(0, g.closed.n_atoms),
-        torch.ones(32, 17),
-        3.0,
-        32,
-    ),
-    "Microscope.render": lambda g, f: g.microscope.render(
-        g.dynamics.reference[None], g.particles.rotations[:1], g.particles.shifts[:1], blur=2.0
-    ),
+    "Microscope.spectrum": lambda g, f: [
+        g.microscope.spectrum(
+            g.bead_dynamics.reference[None, :, :2],
+            torch.ones(box, box // 2 + 1),
+            blur=blur,
+            variance=torch.full((1, len(g.beads)), 2.0),
+            box_size=box,
+        )
+        for blur, box in ((0.0, 32), (9.0, 16))
+    ],
+    "Microscope.tangent_spectra": lambda g, f: [
+        g.microscope.tangent_spectra(
+            g.bead_dynamics.reference[None, :, :2],
+            g.bead_dynamics.reference[None, None, :, :2],
+            slice(0, len(g.beads)),
+            torch.ones(box, box // 2 + 1),
+            blur=blur,
+            variance=torch.full((1, len(g.beads)), 2.0),
+            box_size=box,
+        )
+        for blur, box in ((0.0, 32), (9.0, 16))
+    ],
+    "Microscope.render": lambda g, f: [
+        g.microscope.render(
+            g.bead_dynamics.reference[None],
+            g.particles.rotations[:1],
+            g.particles.shifts[:1],
+            blur=blur,
+        )
+        for blur in (0.0, 9.0)
+    ],
     "Structure.all_atoms": lambda g, f: g.closed.all_atoms(),
     "Structure.as_one_body": lambda g, f: g.closed.as_one_body(),
     "Structure.with_coords": lambda g, f: g.closed.with_coords(g.closed.atoms.getCoords() + 1),
@@ -497,6 +534,12 @@ def with_widgets(view, *arguments):
         pytest.importorskip(name)
     with pytest.warns(UserWarning, match="expected a notebook"):
         return drawn(view(*arguments))
+
+
+def with_other_beads(result: Result) -> Result:
+    """As if the images had asked for half of everything."""
+    beads = replace(result.model.beads, weights=result.model.beads.weights / 2)
+    return replace(result, population=replace(result.population, beads=beads))
 
 
 def drawn(figure):
@@ -685,6 +728,7 @@ def test_changes_would_be_seen(given):
         "a latent": given.result.latents,
         "a mode": given.modes.vectors[0],
         "a cached tensor": given.dynamics.mode_vectors[1],
+        "a bead": given.beads.coords,
         "a weight": next(given.encoder.network.parameters()).data,
         "the mean": given.population.mean,
         "an image": given.in_memory.images.stacks[0],

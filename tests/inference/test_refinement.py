@@ -385,7 +385,7 @@ def spoil_second_look(monkeypatch, n_spoiled: int):
 
 
 def test_steps_that_made_things_worse_are_taken_back(closed, small, refined, monkeypatch, tmp_path):
-    settings = {"blurs": (0.0,) * 5, "batch_size": 64, "progress": False}
+    settings = {"blurs": (4.0,) * 5, "batch_size": 64, "progress": False}
     arguments = (small[:20], refined.population)
     good = refine(make_model(closed, small), *arguments, **settings)
     looks = spoil_second_look(monkeypatch, 6)

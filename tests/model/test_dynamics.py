@@ -14,7 +14,7 @@ from torch.autograd.functional import jacobian
 
 from cryochains.images import random_rotations
 from cryochains.model import Dynamics, Microscope, rotvec_to_matrix
-from cryochains.molecule import compute_modes, load_structure
+from cryochains.molecule import Beads, atom_beads, compute_modes, load_structure, residue_beads
 
 BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
 SWITCHES = [s for s in itertools.product((True, False), repeat=3) if any(s)]
@@ -280,10 +280,12 @@ def test_gram_is_the_product_of_tangents(dynamics):
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_gradients_from_latents_to_image(small, spread):
+@pytest.mark.parametrize("draw", [lambda small: atom_beads(small, 6.4), residue_beads])
+def test_gradients_from_latents_to_image(small, spread, draw):
     """Rotation vectors of zero included, where a norm has no derivative."""
-    dynamics = Dynamics(small, compute_modes(small, (2, 1)))
-    microscope = Microscope(small.weights, 8, 8.0, small.origin)
+    beads = draw(small)
+    dynamics = Dynamics(small, compute_modes(small, (2, 1))).with_beads(beads)
+    microscope = Microscope(beads.weights, 8, 8.0, small.origin, beads.widths)
     rotations = random_rotations(1, 0).double()
     latents = random_latents(dynamics, 1, spread).requires_grad_()
     assert gradcheck(lambda z: microscope.render(dynamics.decode(z), rotations), latents)
@@ -329,6 +331,65 @@ def test_heavy_and_ca_have_the_same_latents():
     torch.testing.assert_close(
         large.decode(latents)[:, in_heavy], small.decode(latents), rtol=0, atol=1e-4
     )
+
+
+def test_beads_at_the_atoms_move_as_the_atoms(whole, closed):
+    """Of the imaging atoms, and of all atoms: beads follow their residue's node as atoms do."""
+    latents = random_latents(whole, 3, 2.0)
+    of_atoms = whole.with_beads(atom_beads(closed))
+    assert torch.equal(of_atoms.decode(latents), whole.decode(latents))
+    everything = closed.all_atoms()
+    of_all = whole.with_beads(atom_beads(everything))
+    assert torch.equal(of_all.decode(latents), whole.all_atoms().decode(latents))
+    for kind in ("mode", "rotation", "translation"):
+        for one, other in zip(of_all.chains, whole.chains, strict=True):
+            assert getattr(one, kind) == getattr(other, kind), "latents mean the same"
+    np.testing.assert_array_equal(of_all.scale, whole.scale)
+
+
+def test_beads_are_where_they_are_given_and_move_with_their_node(dynamics, small):
+    beads = residue_beads(small)
+    of_beads = dynamics.with_beads(beads)
+    coords = of_beads.decode(torch.zeros(2, dynamics.n_latents))
+    np.testing.assert_allclose(coords, np.stack([beads.coords] * 2), atol=1e-4)
+    bent = random_latents(dynamics, 3, 2.0)
+    bent[:, torch.from_numpy(dynamics.latent_kind != "mode")] = 0
+    of_nodes = dynamics.decode(bent) - dynamics.reference.double()
+    moved = of_beads.decode(bent) - of_beads.reference.double()
+    torch.testing.assert_close(moved, of_nodes[:, beads.node], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chain", [0, 1])
+def test_tangents_of_beads_are_their_derivatives(dynamics, small, chain):
+    of_beads = dynamics.with_beads(residue_beads(small))
+    layout = of_beads.chains[chain]
+    latents = random_latents(of_beads, 2)
+    tangents = of_beads.tangents(latents, chain)
+    for row in range(2):
+        full = jacobian(lambda z: of_beads.decode(z[None])[0], latents[row])
+        expected = full[layout.atoms, :, layout.latents].permute(2, 0, 1)
+        torch.testing.assert_close(tangents[row], expected, rtol=0, atol=1e-6)
+
+
+def test_several_beads_a_residue_or_none(dynamics, small):
+    """A residue without a bead is not drawn; the others keep their node."""
+    beads = residue_beads(small)
+    kept = beads.node != 5
+    fewer = Beads(*(getattr(beads, name)[kept] for name in ("coords", "node", "weights", "widths")))
+    latents = random_latents(dynamics, 2)
+    every = dynamics.with_beads(beads).decode(latents)
+    torch.testing.assert_close(dynamics.with_beads(fewer).decode(latents), every[:, kept])
+
+
+def test_other_atoms_have_no_beads(dynamics, small):
+    of_beads = dynamics.with_beads(residue_beads(small))
+    assert of_beads.beads is not None and dynamics.beads is None
+    assert of_beads.to("meta").beads is of_beads.beads
+    latents = random_latents(dynamics, 1)
+    again = of_beads.with_structure(small)
+    assert again.beads is None
+    assert torch.equal(again.decode(latents), dynamics.decode(latents))
+    assert torch.equal(of_beads.all_atoms().decode(latents), dynamics.all_atoms().decode(latents))
 
 
 # The way back

@@ -16,7 +16,7 @@ from cryochains.model import (
     superposed,
 )
 from cryochains.model.rotations import best_rotation, matrix_to_rotvec, right_jacobian
-from cryochains.molecule import compute_modes, load_structure, rigid_fit
+from cryochains.molecule import atom_beads, compute_modes, load_structure, residue_beads, rigid_fit
 
 BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
 FRAMES = ["molecule", "A", "B"]
@@ -125,14 +125,17 @@ def test_a_motion_that_all_chains_share_is_pose_alone(dynamics, small, frame):
 
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_images_are_the_same(dynamics, small, latents, frame, dtype):
-    microscope = Microscope(small.weights, 32, 4.0, small.origin)
+@pytest.mark.parametrize("draw", [lambda small: atom_beads(small, 3.2), residue_beads])
+def test_images_are_the_same(dynamics, small, latents, frame, dtype, draw):
+    beads = draw(small)
+    microscope = Microscope(beads.weights, 32, 4.0, small.origin, beads.widths)
+    drawn = dynamics.with_beads(beads)
     rotations = random_rotations(5, 0)
     shifts = 3 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     seen = in_frame(dynamics, latents, frame)
-    given = microscope.render(dynamics.decode(latents.to(dtype)), rotations, shifts)
+    given = microscope.render(drawn.decode(latents.to(dtype)), rotations, shifts)
     corrected = microscope.render(
-        dynamics.decode(seen.latents.to(dtype)),
+        drawn.decode(seen.latents.to(dtype)),
         (rotations.double() @ seen.rotations).float(),
         (shifts + seen.image_shifts(rotations, small.origin)).float(),
     )

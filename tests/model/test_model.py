@@ -18,7 +18,14 @@ from cryochains.model import (
     simulate_particles,
     unpack_model,
 )
-from cryochains.molecule import Modes, compute_modes, load_structure
+from cryochains.molecule import (
+    Beads,
+    Modes,
+    atom_beads,
+    compute_modes,
+    load_structure,
+    residue_beads,
+)
 
 BOX, PIXEL = 32, 5.0
 
@@ -74,7 +81,8 @@ def n_bytes(thing) -> int:
 def test_it_has_no_parameters_and_nothing_that_learns(closed):
     model = make(closed)
     model.render(torch.zeros(1, model.n_latents), random_rotations(1, 0))
-    assert [field.name for field in fields(model)] == ["structure", "dynamics", "microscope"]
+    names = ["structure", "dynamics", "microscope", "sigma", "beads"]
+    assert [field.name for field in fields(model)] == names
     seen: dict = {}
     reachable(model, seen)
     assert not isinstance(model, nn.Module) and not hasattr(model, "parameters")
@@ -86,7 +94,7 @@ def test_it_has_no_parameters_and_nothing_that_learns(closed):
 
 def test_it_is_frozen_and_hashed_by_identity(closed):
     model, twin = make(closed), make(closed)
-    for name in ("structure", "dynamics", "microscope", "contrast", "anything"):
+    for name in ("structure", "dynamics", "microscope", "beads", "contrast", "anything"):
         with pytest.raises(FrozenInstanceError):
             setattr(model, name, None)
     assert model != twin and {model: 1}[model] == 1
@@ -94,26 +102,115 @@ def test_it_is_frozen_and_hashed_by_identity(closed):
 
 
 def test_it_draws_the_reference_at_zero(closed):
-    model = make(closed)
+    """Of beads, or where a width is given of one Gaussian an atom."""
     rotations = random_rotations(3, 0)
     shifts = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-3.0, 5.0]])
-    microscope = Microscope(closed.weights, BOX, PIXEL, closed.origin)
-    coords = torch.from_numpy(closed.coords).float().expand(3, -1, -1)
-    torch.testing.assert_close(
-        model.render(torch.zeros(3, model.n_latents), rotations, shifts),
-        microscope.render(coords, rotations, shifts),
-        rtol=0,
-        atol=1e-5,
-    )
+    beads = residue_beads(closed)
+    for model, coords, weights, widths in (
+        (make(closed), beads.coords, beads.weights, beads.widths),
+        (make(closed, sigma=4.0), closed.coords, closed.weights, 4.0),
+    ):
+        microscope = Microscope(weights, BOX, PIXEL, closed.origin, widths)
+        coords = torch.from_numpy(coords).float().expand(3, -1, -1)
+        torch.testing.assert_close(
+            model.render(torch.zeros(3, model.n_latents), rotations, shifts),
+            microscope.render(coords, rotations, shifts),
+            rtol=0,
+            atol=1e-5,
+        )
 
 
 def test_render_is_decode_then_the_microscope(closed, particles):
-    model = make(closed)
-    latents = torch.randn(6, model.n_latents, generator=torch.Generator().manual_seed(1))
     pose = next(particles.batches(6)).pose
-    images = model.render(latents, *pose)
-    assert torch.equal(images, model.microscope.render(model.decode(latents), *pose))
-    assert not torch.allclose(images, model.render(0 * latents, *pose), rtol=0, atol=1e-2)
+    for sigma in (None, 4.0):
+        model = make(closed, sigma=sigma)
+        latents = torch.randn(6, model.n_latents, generator=torch.Generator().manual_seed(1))
+        images = model.render(latents, *pose)
+        coords = model.dynamics.with_beads(model.beads).decode(latents)
+        assert torch.equal(images, model.microscope.render(coords, *pose))
+        if sigma is not None:
+            assert torch.equal(images, model.microscope.render(model.decode(latents), *pose))
+        assert not torch.allclose(images, model.render(0 * latents, *pose), rtol=0, atol=1e-2)
+
+
+def assert_same_beads(one: Beads, other: Beads):
+    for field in fields(Beads):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+def test_what_it_is_drawn_with(closed):
+    """Two or three beads a residue; of a structure of heavy atoms, or with a width, its atoms."""
+    heavy = load_structure("glua3-closed", atoms="heavy")
+    for model, beads in (
+        (make(closed), residue_beads(closed)),
+        (make(closed, sigma=4.0), atom_beads(closed, 4.0)),
+        (make(heavy), atom_beads(heavy)),
+        (make(heavy, sigma=2.0), atom_beads(heavy, 2.0)),
+    ):
+        assert_same_beads(model.beads, beads)
+        assert_same_beads(model.bead_dynamics.beads, beads)
+        np.testing.assert_array_equal(model.microscope.weights, beads.weights)
+        np.testing.assert_array_equal(model.microscope.sigma, beads.widths)
+        assert model.dynamics.beads is None, "conformations are of the atoms"
+    assert make(closed).sigma is None and make(closed, sigma=4).sigma == 4.0
+    for sigma in (0.0, -1.0):
+        with pytest.raises(ValueError, match="positive"):
+            make(closed, sigma=sigma)
+
+
+# Other beads
+
+
+def learned_beads(model, seed=0) -> Beads:
+    """The model's, as images might change them."""
+    rng = np.random.default_rng(seed)
+    n = len(model.beads)
+    return replace(
+        model.beads,
+        weights=model.beads.weights * rng.uniform(0.5, 1.5, n),
+        widths=model.beads.widths * rng.uniform(0.8, 2.0, n),
+    )
+
+
+def test_other_beads_change_images_and_not_what_latents_mean(closed):
+    model = make(closed)
+    beads = learned_beads(model)
+    drawn = model.with_beads(beads)
+    assert drawn.fingerprint == model.fingerprint
+    require_same_model(drawn, model.fingerprint, "a population")
+    assert drawn.beads is beads and drawn.structure is closed and drawn.modes is model.modes
+    assert_same_beads(model.beads, residue_beads(closed))
+    assert model.with_beads(None) is model
+    latents = torch.randn(3, model.n_latents, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(drawn.decode(latents), model.decode(latents))
+    rotations = random_rotations(3, 0)
+    images, before = (one.render(latents, rotations) for one in (drawn, model))
+    assert float((images - before).norm() / before.norm()) > 0.05
+    microscope = Microscope(beads.weights, BOX, PIXEL, closed.origin, beads.widths)
+    coords = model.bead_dynamics.decode(latents)
+    assert torch.equal(images, microscope.render(coords, rotations)), "where they were"
+    again = drawn.with_beads(model.beads).render(latents, rotations)
+    assert torch.equal(again, before)
+
+
+def test_other_beads_may_be_fewer_or_more_and_elsewhere(closed):
+    """As Gaussians of the atoms: what a model of that width draws, which is another model."""
+    model, of_atoms = make(closed), make(closed, sigma=4.0)
+    drawn = model.with_beads(atom_beads(closed, 4.0))
+    latents = torch.randn(3, model.n_latents, generator=torch.Generator().manual_seed(1))
+    rotations = random_rotations(3, 0)
+    assert torch.equal(drawn.render(latents, rotations), of_atoms.render(latents, rotations))
+    assert drawn.fingerprint == model.fingerprint != of_atoms.fingerprint
+
+
+def test_a_model_of_other_beads_moves_to_another_device(closed):
+    model = make(closed)
+    beads = learned_beads(model)
+    moved = model.with_beads(beads).to("meta")
+    assert moved.beads is beads and moved.device.type == "meta"
+    assert moved.microscope.variance_tensor.device.type == "meta"
+    assert model.to("meta").with_beads(beads).fingerprint == model.fingerprint
+    assert moved.fingerprint == model.fingerprint
 
 
 def test_modes_are_a_number_or_modes_or_none(closed):
@@ -194,6 +291,7 @@ def differing(closed) -> dict:
         "number of modes": make(closed, modes=3),
         "origin": make(closed.with_origin(closed.origin + 1.0)),
         "width of an atom": make(closed, sigma=5.5),
+        "beads or imaging atoms": make(load_structure(closed.atoms, atoms="heavy")),
         "box size": make(closed, box_size=34),
         "pixel size": make(closed, pixel_size=5.1),
         "structure": make(closed.with_coords(closed.atoms.getCoords() + 0.5)),
@@ -208,6 +306,13 @@ def test_a_model_is_told_from_others_and_its_like(closed):
     for name, other in differing(closed).items():
         with pytest.raises(ValueError, match=f"expected a population of Model.*{name}.*; try"):
             require_same_model(model, other.fingerprint, "a population")
+
+
+def test_models_of_one_gaussian_an_atom_differ_by_its_width_alone(closed):
+    model = make(closed, sigma=5.0)
+    require_same_model(model, make(closed, sigma=5).fingerprint, "a population")
+    with pytest.raises(ValueError, match=r"what differs is its width of an atom \(sigma\); try"):
+        require_same_model(model, make(closed, sigma=5.5).fingerprint, "a population")
 
 
 def test_modes_that_differ_by_rounding_are_the_same(closed):
@@ -245,7 +350,8 @@ def test_a_packed_model_is_the_same_model(settings, atoms):
     model = make(structure, **settings)
     tensors, meta = pack_model(model)
     again = unpack_model(tensors, meta)
-    assert again.fingerprint == model.fingerprint
+    assert again.fingerprint == model.fingerprint and again.sigma == model.sigma
+    assert_same_beads(again.beads, model.beads)
     latents = torch.randn(2, model.n_latents, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again.decode(latents), model.decode(latents))
     pose = random_rotations(2, 0)

@@ -17,10 +17,11 @@ from cryochains.model import (
     elastic_variance,
     load_population,
     mode_limit,
+    require_population,
     shrink_covariance,
 )
 from cryochains.model.population import MAX_BOND_STRETCH, START_SPREAD
-from cryochains.molecule import compute_modes
+from cryochains.molecule import compute_modes, residue_beads
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,80 @@ def test_files_keep_what_is_known_of_the_images(closed, tmp_path, noise_pixels):
     for name, values in population.tensors().items():
         assert torch.equal(again.tensors()[name], values), name
         assert again.tensors()[name].dtype == torch.float64, name
+
+
+@pytest.fixture(scope="module")
+def model(closed):
+    return Model(closed, modes=2, box_size=32, pixel_size=5.0)
+
+
+def learned_beads(model):
+    """Weights and widths that no formula has, and fewer beads than the model's."""
+    rng = np.random.default_rng(0)
+    beads = residue_beads(model.structure)
+    kept = rng.random(len(beads)) < 0.9
+    return replace(
+        beads,
+        coords=beads.coords[kept],
+        node=beads.node[kept],
+        weights=beads.weights[kept] * rng.uniform(0.1, 2.0, kept.sum()),
+        widths=beads.widths[kept] * rng.uniform(0.5, 3.0, kept.sum()),
+    )
+
+
+def test_files_keep_its_beads(model, tmp_path):
+    """To the last digit, of each kind of number; and it still belongs to its model."""
+    beads = learned_beads(model)
+    population = replace(full_population(model), beads=beads)
+    require_population(model, population)
+    population.save(tmp_path / "p.safetensors")
+    again = load_population(tmp_path / "p.safetensors")
+    require_population(model, again)
+    for name in ("coords", "node", "weights", "widths"):
+        before, after = getattr(beads, name), getattr(again.beads, name)
+        assert isinstance(after, np.ndarray) and after.dtype == before.dtype, name
+        np.testing.assert_array_equal(after, before)
+    assert again.description() == population.description()
+    assert again.noise_spectrum is not None, "beside all else"
+    restored = Population.restore(population.tensors(), population.description())
+    np.testing.assert_array_equal(restored.beads.node, beads.node)
+    latents, pose = torch.ones(2, model.n_latents), torch.eye(3).expand(2, 3, 3)
+    drawn = [model.with_beads(one).render(latents, pose) for one in (beads, again.beads)]
+    assert torch.equal(*drawn)
+    assert full_population(model).beads is None
+    full_population(model).save(tmp_path / "without.safetensors")
+    assert load_population(tmp_path / "without.safetensors").beads is None
+
+
+def test_tensors_of_its_beads_are_copies(model):
+    beads = learned_beads(model)
+    population = replace(full_population(model), beads=beads)
+    before = beads.weights.copy()
+    for tensor in population.tensors().values():
+        if tensor.dtype == torch.float64 and len(tensor) == len(beads):
+            tensor += 1
+    np.testing.assert_array_equal(beads.weights, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda node: np.where(np.arange(len(node)) == 3, -1, node),
+        lambda node: node + 1,
+        lambda node: node[::-1],
+        lambda node: np.where(np.arange(len(node)) == 0, node[-1], node),
+    ],
+    ids=["below", "above", "reversed", "one of another chain"],
+)
+def test_beads_that_do_not_belong_to_the_model_are_refused(model, change):
+    beads = residue_beads(model.structure)
+    n_nodes = model.structure.n_nodes
+    wrong = replace(full_population(model), beads=replace(beads, node=change(beads.node)))
+    with pytest.raises(
+        ValueError,
+        match=f"expected beads that move with nodes 0 to {n_nodes - 1}, chain by chain, got others",
+    ):
+        require_population(model, wrong)
 
 
 def test_populations_of_an_earlier_version_have_white_noise(closed):

@@ -8,8 +8,8 @@ import starfile
 import torch
 
 from cryochains.images import load_particles
-from cryochains.model import Dynamics, Microscope, simulate_particles
-from cryochains.molecule import load_structure
+from cryochains.model import Dynamics, Microscope, Model, simulate_particles
+from cryochains.molecule import atom_beads, load_structure, residue_beads, rigid_fit
 
 QUIET = {"box_size": 32, "progress": False}
 
@@ -30,23 +30,53 @@ def path(structure):
     ]
 
 
-def clean_images(particles, structure):
+def bead_coords(structure, beads, conformations):
+    """(m, n_beads, 3) beside the Cα of their residue, each chain turned by superposition."""
+    moved = []
+    for coords in np.asarray(conformations, dtype=float):
+        here = np.empty((len(beads), 3))
+        for chain in range(structure.n_chains):
+            atoms = structure.chain_index == chain
+            rotation, _ = rigid_fit(structure.coords[atoms], coords[atoms])
+            own = structure.node_chain[beads.node] == chain
+            node = beads.node[own]
+            offsets = beads.coords[own] - structure.node_coords[node]
+            here[own] = coords[node] + offsets @ rotation.T
+        moved.append(here)
+    return torch.from_numpy(np.stack(moved)).float()
+
+
+def clean_images(particles, structure, sigma=None):
+    """Drawn of beads by default, or of one Gaussian at every imaging atom."""
+    beads = residue_beads(structure)
+    weights, widths = beads.weights, beads.widths
+    if sigma is not None:
+        weights, widths = structure.weights, sigma
     microscope = Microscope(
-        structure.weights, particles.box_size, particles.pixel_size, structure.origin
+        weights, particles.box_size, particles.pixel_size, structure.origin, widths
     )
+    truth = particles.truth
     images = []
     for batch in particles.batches(100):
-        images.append(microscope.render(particles.truth.coords(batch.rows), *batch.pose))
+        if sigma is not None:
+            coords = truth.coords(batch.rows)
+        elif truth.latents is not None:
+            coords = truth.dynamics.with_beads(beads).decode(truth.latents[batch.rows])
+        else:
+            conformations = bead_coords(structure, beads, truth.conformations)
+            coords = conformations[truth.frame[batch.rows]]
+        images.append(microscope.render(coords, *batch.pose))
     return torch.cat(images)
 
 
 @pytest.mark.parametrize("snr_db", [0.0, -10.0, 5.0])
 @pytest.mark.parametrize("ctf", [True, False])
-def test_requested_snr_is_obtained(structure, path, snr_db, ctf):
+@pytest.mark.parametrize("sigma", [None, 4.0])
+def test_requested_snr_is_obtained(structure, path, snr_db, ctf, sigma):
     particles = simulate_particles(
-        structure, 700, conformations=path, snr_db=snr_db, ctf=ctf, **QUIET
+        structure, 700, conformations=path, snr_db=snr_db, ctf=ctf, sigma=sigma, **QUIET
     )
-    clean = clean_images(particles, structure)
+    clean = clean_images(particles, structure, sigma)
     noise = particles.read_images() - clean
     ratio = float(clean.var(dim=(1, 2)).mean() / noise.var())
     assert ratio == pytest.approx(10 ** (snr_db / 10), rel=0.03)
@@ -54,14 +84,41 @@ def test_requested_snr_is_obtained(structure, path, snr_db, ctf):
     assert abs(float(noise.mean())) < 4 * particles.truth.noise_std / math.sqrt(noise.numel())
 
 
-def test_infinite_snr_is_the_image_itself(structure, path):
+@pytest.mark.parametrize("sigma", [None, 4.0])
+def test_infinite_snr_is_the_image_itself(structure, path, sigma):
     particles = simulate_particles(
-        structure, 5, conformations=path, snr_db=math.inf, shift_std=3.0, **QUIET
+        structure, 5, conformations=path, snr_db=math.inf, shift_std=3.0, sigma=sigma, **QUIET
     )
     assert particles.truth.noise_std == 0
     torch.testing.assert_close(
-        particles.read_images(), clean_images(particles, structure), atol=1e-5, rtol=1e-4
+        particles.read_images(), clean_images(particles, structure, sigma), atol=1e-5, rtol=1e-4
     )
+
+
+def test_images_of_the_reference_are_the_models(structure):
+    """Whether it is a conformation or latents: the model's beads, none of them displaced."""
+    dynamics = Dynamics(structure)
+    settings = {"snr_db": math.inf, "seed": 3, "pixel_size": 6.0, **QUIET}
+    conformation = {"conformations": structure.coords[None]}
+    latents = {"dynamics": dynamics, "latents": torch.zeros(4, dynamics.n_latents)}
+    for sigma in (None, 4.0):
+        model = Model(structure, box_size=32, pixel_size=6.0, modes=None, sigma=sigma)
+        for motion in (conformation, latents):
+            particles = simulate_particles(structure, 4, **motion, sigma=sigma, **settings)
+            pose = next(particles.batches(4)).pose
+            expected = model.render(torch.zeros(4, model.n_latents), *pose)
+            torch.testing.assert_close(particles.read_images(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_heavy_atoms_are_drawn_as_they_are(structure, path):
+    heavy = load_structure("glua3-closed", atoms="heavy")
+    settings = {"snr_db": math.inf, "ctf": False, **QUIET}
+    particles = simulate_particles(heavy, 3, conformations=heavy.coords[None], **settings)
+    beads = atom_beads(heavy)
+    microscope = Microscope(heavy.weights, 32, particles.pixel_size, heavy.origin, beads.widths)
+    batch = next(particles.batches(3))
+    expected = microscope.render(particles.truth.coords(batch.rows), *batch.pose)
+    torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_truth_of_conformations(structure, path):
@@ -82,17 +139,18 @@ def test_truth_of_conformations(structure, path):
     ]
 
 
-def test_truth_of_latents(structure):
+@pytest.mark.parametrize("sigma", [None, 4.0])
+def test_truth_of_latents(structure, sigma):
     dynamics = Dynamics(structure)
     latents = torch.randn(20, dynamics.n_latents, generator=torch.Generator().manual_seed(0))
     particles = simulate_particles(
-        structure, 20, dynamics=dynamics, latents=latents, snr_db=math.inf, **QUIET
+        structure, 20, dynamics=dynamics, latents=latents, snr_db=math.inf, sigma=sigma, **QUIET
     )
     torch.testing.assert_close(particles.truth[4:].latents, latents[4:])
     torch.testing.assert_close(particles.truth.coords([2]), dynamics.decode(latents[[2]]))
     assert particles.truth.coordinate is None
     torch.testing.assert_close(
-        particles.read_images(), clean_images(particles, structure), atol=1e-5, rtol=1e-4
+        particles.read_images(), clean_images(particles, structure, sigma), atol=1e-5, rtol=1e-4
     )
 
 
@@ -129,10 +187,12 @@ def test_on_disk_is_lazy_and_the_truth_stays_out_of_the_file(structure, path, tm
     }
 
 
-def test_shift_moves_the_molecule_and_relions_origin_brings_it_back(structure, tmp_path):
+@pytest.mark.parametrize("sigma", [None, 4.0])
+def test_shift_moves_the_molecule_and_relions_origin_brings_it_back(structure, tmp_path, sigma):
     """A particle displaced by (x, y) on the image: RELION's rlnOrigin centres it again."""
     settings = {
         "conformations": structure.coords[None],
+        "sigma": sigma,
         "snr_db": math.inf,
         "ctf": False,
         "progress": False,
@@ -152,8 +212,9 @@ def test_shift_moves_the_molecule_and_relions_origin_brings_it_back(structure, t
     centre = torch.stack(
         [(images.sum(1) * grid).sum(1) / mass, (images.sum(2) * grid).sum(1) / mass], dim=1
     )
-    weights = structure.weights / structure.weights.sum()
-    middle = torch.from_numpy((structure.coords - structure.origin).T @ weights).float()
+    beads = residue_beads(structure) if sigma is None else atom_beads(structure, sigma)
+    weights = beads.weights / beads.weights.sum()
+    middle = torch.from_numpy((beads.coords - structure.origin).T @ weights).float()
     projected = (particles.rotations @ middle)[:, :2]
     torch.testing.assert_close(centre, particles.shifts + projected, atol=0.05, rtol=0)
     table = starfile.read(tmp_path / "a.star")["particles"]

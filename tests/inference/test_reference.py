@@ -1,19 +1,13 @@
 """A shape that all particles share and the reference lacks: it is recovered, and none invented."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cryochains.inference import Result, refine, true_latents
+from cryochains.inference import Result, correct_reference, refine, true_latents
 from cryochains.model import Dynamics, Model, simulate_particles
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from correct_reference import correct_reference  # noqa: E402
 
 N = 120
 
