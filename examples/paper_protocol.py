@@ -202,11 +202,17 @@ def simulate(
         box_size=box_size,
         pixel_size=size,
         snr_db=snr_db,
+        sigma=gaussian_width(size),
         ctf=False,
         seed=seed,
         device=device,
         progress=progress,
     )
+
+
+def gaussian_width(pixel_size: float) -> float:
+    """Å, of the one Gaussian a residue that the paper draws: no narrower than pixels represent."""
+    return max(2.0, 0.8 * pixel_size)
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -221,7 +227,8 @@ MODELS: dict[str, dict[str, Any]] = {
 def build(name: str, reference: Structure, particles: cc.ParticleStack) -> cc.Model:
     """One of the paper's five models around a reference."""
     structure = reference.as_one_body() if name == "N100" else reference
-    return cc.Model(structure, particles, **MODELS[name])
+    sigma = gaussian_width(particles.pixel_size)
+    return cc.Model(structure, particles, sigma=sigma, **MODELS[name])
 
 
 @torch.no_grad()
@@ -235,7 +242,8 @@ def expected_path_coordinate(molecule: Molecule, particles: cc.ParticleStack) ->
     path = particles.truth.conformations.float()
     m = len(path)
     coordinate = torch.linspace(0, 1, m, dtype=torch.float64)
-    microscope = cc.Model(molecule.truth, particles, modes=None).microscope
+    sigma = gaussian_width(particles.pixel_size)
+    microscope = cc.Model(molecule.truth, particles, modes=None, sigma=sigma).microscope
     expected = []
     for batch in particles.batches(4):
         b = len(batch)

@@ -23,6 +23,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.spatial import cKDTree
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .._devices import choose_device
 from ..images import Batch
@@ -41,8 +42,12 @@ _EXTRA_WIDTH = 3.0
 # An extra bead is tried where the residual images speak for it by so many standard deviations.
 _MIN_SIGNIFICANCE = 4.0
 # In residues: by so much the density at one point must differ from the reference's, and that
-# clearly, or it is left as it is. Errors of position look like less.
-_ASKING = 2.0
+# clearly, or it is left as it is; and by so much more than anywhere in the other direction. Chosen
+# on missing residues, residues that are not there and a micelle, and on motions and shapes that the
+# model cannot have, which look like less, or like both.
+_ASKING = 3.0
+_LACKING_RATIO = 2.0
+_TOO_MUCH_RATIO = 1.5
 _ASKING_SIGNIFICANCE = 6.0
 # Standard deviation of a residue's occupancy, and the most that it can be.
 _OCCUPANCY_STD = 0.3
@@ -57,7 +62,9 @@ _DISPLACEMENT_STD = 3.0
 _DIFFERENCE_STD = 0.5
 _RESIDUE_NEIGHBOURS = 8.0
 _SHAPE_STEPS = 40
+# Particles whose images are drawn at a time: at most so many, and so that memory stays below this.
 _VIEW_SIZE = 64
+_VIEW_BYTES = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +104,11 @@ def _views_of(result: Result, model: Model, latents: Tensor, blur: float) -> lis
         raise ValueError(
             f"expected the refinement of particles, with them, got {result!r}; try refine"
         )
-    batches = result.particles.batches(_VIEW_SIZE, device=model.device)
+    box = frequency_band(model.microscope, blur).box_size
+    # Of two Gaussians a bead, and of as many extra beads as the molecule's own and more.
+    bytes_each = 8 * 3 * len(model.beads) * box
+    size = int(np.clip(_VIEW_BYTES // bytes_each, 1, _VIEW_SIZE))
+    batches = result.particles.batches(size, device=model.device)
     return [_view_of(result, model, latents, batch, blur) for batch in batches]
 
 
@@ -137,7 +148,13 @@ def _view_of(result: Result, model: Model, latents: Tensor, batch: Batch, blur: 
 # Density
 
 
-def learn_beads(result: Result, latents: Tensor | None = None) -> Beads | None:
+def learn_beads(
+    result: Result,
+    latents: Tensor | None = None,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Beads | None:
     """Beads as the refined images say: occupancies of residues, and density the reference lacks.
 
     None where the images do not ask for any: the model's own are then better than what could be
@@ -149,12 +166,16 @@ def learn_beads(result: Result, latents: Tensor | None = None) -> Beads | None:
         Refined, with its particles, in the frame of the poses.
     latents : (N, p) tensor, optional
         Where to look at the particles, instead of where they were refined to; see `unbent`.
+    device : torch device, optional
+        By default a GPU where there is one.
+    progress : bool
+        Show a progress bar where there is something to learn.
     """
     shown = np.flatnonzero(result.shows_molecule)
     if not len(shown):
         return None
     rows = shown[:: -(-len(shown) // _DENSITY_PARTICLES)]
-    model = result.model
+    model = result.model.to(choose_device(device))
     latents = result.latents if latents is None else latents.cpu()
     views = _views_of(result[rows], model, latents[rows], _DENSITY_BLUR)
     if not _asks(model, views):
@@ -162,16 +183,26 @@ def learn_beads(result: Result, latents: Tensor | None = None) -> Beads | None:
     extra = _extra_beads(model.structure)
     _, significance = _lacking_density(model, views, extra)
     tried = np.flatnonzero(significance >= min(_MIN_SIGNIFICANCE, significance.max()))
-    return _most_probable_beads(model, views, _rows_of(extra, tried))
+    return _most_probable_beads(model, views, _rows_of(extra, tried), progress)
 
 
 def _asks(model: Model, views: list[_View]) -> bool:
-    """Whether the images show density that the model's beads lack, or lack some of theirs."""
-    lacking, significance = _lacking_density(model, views, _extra_beads(model.structure))
-    at_nodes, of_nodes = _lacking_density(model, views, _node_beads(model.structure))
-    too_little = (lacking > _ASKING) & (significance > _ASKING_SIGNIFICANCE)
-    too_much = (at_nodes < -_ASKING) & (of_nodes < -_ASKING_SIGNIFICANCE)
-    return bool(too_little.any() or too_much.any())
+    """Whether the images show density that the model's beads lack, or lack some of theirs.
+
+    Atoms that are elsewhere than the model can move them to look like both, about as much.
+    """
+    structure = model.structure
+    looks = [
+        _lacking_density(model, views, beads)
+        for beads in (_extra_beads(structure), _node_beads(structure))
+    ]
+    weight, significance = (np.concatenate(parts) for parts in zip(*looks, strict=True))
+    clear = abs(significance) > _ASKING_SIGNIFICANCE
+    lacking = weight[clear].max(initial=0.0)
+    too_much = -weight[clear].min(initial=0.0)
+    if lacking > _ASKING and lacking > _LACKING_RATIO * too_much:
+        return True
+    return too_much > _ASKING and too_much > _TOO_MUCH_RATIO * lacking
 
 
 def unbent(result: Result) -> Tensor:
@@ -302,7 +333,7 @@ def _information_of_a_bead(model: Model, view: _View) -> float:
     return float(real_parts(spectrum).double().square().sum())
 
 
-def _most_probable_beads(model: Model, views: list[_View], extra: Beads) -> Beads:
+def _most_probable_beads(model: Model, views: list[_View], extra: Beads, progress: bool) -> Beads:
     """Occupancies of residues and weights of extra beads at the least misfit and prior."""
     own = model.beads
     n_nodes = model.structure.n_nodes
@@ -324,14 +355,18 @@ def _most_probable_beads(model: Model, views: list[_View], extra: Beads) -> Bead
 
     start = np.concatenate([np.ones(n_nodes), np.zeros(len(extra))])
     bounds = [(0.0, _MAX_OCCUPANCY)] * n_nodes + [(0.0, None)] * len(extra)
-    answer = minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        options={"maxiter": _DENSITY_STEPS},
-    )
+    with tqdm(
+        total=_DENSITY_STEPS, desc="learning density", unit="step", disable=not progress
+    ) as bar:
+        answer = minimize(
+            objective,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": _DENSITY_STEPS},
+            callback=lambda _: bar.update(),
+        )
     occupancy, more = np.split(answer.x, [n_nodes])
     kept = np.flatnonzero(more > _LEAST_EXTRA)
     seen = replace(own, weights=own.weights * occupancy[own.node])

@@ -343,7 +343,8 @@ def _learn_population(
     result = _result_of(given, run, state, None)
     # A checkpoint from after this was asked says that there was nothing.
     asks = n_passes in (None, len(state.history))
-    beads = learn_beads(result, unbent(result)) if asks else None
+    learn = partial(learn_beads, device=run.model.device, progress=progress)
+    beads = learn(result, unbent(result)) if asks else None
     if beads is None:
         state = _run_passes(replace(run, state=state), progress)
         return run, state, _learned_population(run.model, state, None)
@@ -352,7 +353,7 @@ def _learn_population(
     after = _run_passes(again, progress)
     history = (*state.history, *after.history)
     result = _result_of(given, again, after, beads)
-    beads = learn_beads(result) or beads
+    beads = learn(result) or beads
     again = _with_other_beads(given, run, beads, result.latents, 2)
     after = _run_passes(again, progress)
     state = replace(after, history=(*history, *after.history))
@@ -591,6 +592,7 @@ def _run_passes(run: _Run, progress: bool, n_passes: int | None = None) -> _Stat
         desc="refining",
         unit="particle",
         disable=not progress,
+        leave=n_passes is None,
     ) as bar:
         while not _is_done(run, state) and len(state.history) != n_passes:
             state = _one_pass(run, constants, state, bar.update)

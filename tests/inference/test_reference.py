@@ -1,13 +1,26 @@
-"""A shape that all particles share and the reference lacks: it is recovered, and none invented."""
+"""What the reference lacks, in density or shape: it is recovered, and none invented."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import cKDTree
 
-from cryochains.inference import Result, correct_reference, refine, true_latents
+import cryochains.inference.refinement
+from cryochains.analysis import density_table
+from cryochains.images import ParticleStack
+from cryochains.inference import (
+    Result,
+    correct_reference,
+    information_limit,
+    load_result,
+    refine,
+    true_latents,
+)
 from cryochains.model import Dynamics, Model, simulate_particles
+from cryochains.molecule import Structure, load_structure
 
 N = 120
 
@@ -121,3 +134,150 @@ def test_what_is_not_a_refinement_is_refused(mismatched):
     for missing in ("particles", "population", "std"):
         with pytest.raises(ValueError, match="expected the refinement of .* try refine"):
             correct_reference(replace(mismatched, **{missing: None}))
+
+
+# Density
+
+
+@pytest.fixture(scope="module")
+def lost(closed) -> np.ndarray:
+    """30 residues in a row of chain B, at the surface."""
+    rows = np.flatnonzero(closed.node_chain == 1)
+    tree = cKDTree(closed.node_coords)
+    crowd = np.array([len(near) for near in tree.query_ball_point(closed.node_coords[rows], 12.0)])
+    first = rows[np.convolve(crowd, np.ones(30), mode="valid").argmin()]
+    return np.arange(first, first + 30)
+
+
+@pytest.fixture(scope="module")
+def incomplete(closed, lost) -> Structure:
+    kept = np.flatnonzero(~np.isin(closed.atom_node, lost))
+    return load_structure(closed.atoms[kept]).with_origin(closed.origin)
+
+
+def particles_of(structure) -> ParticleStack:
+    dynamics = Dynamics(structure)
+    generator = torch.Generator().manual_seed(4)
+    return simulate_particles(
+        structure,
+        N,
+        dynamics=dynamics,
+        latents=torch.randn(N, dynamics.n_latents, generator=generator),
+        box_size=48,
+        pixel_size=2.6,
+        seed=5,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def lacking(closed, incomplete) -> Result:
+    """Particles of the whole molecule, and a reference without 30 of its residues."""
+    particles = particles_of(closed)
+    return refine(Model(incomplete, particles, modes=5), particles, progress=False)
+
+
+def names_of(structure, nodes) -> tuple[int, int]:
+    numbers = structure.atoms.getResnums()[structure.node_rows[nodes]]
+    return int(numbers.min()), int(numbers.max())
+
+
+def test_density_that_the_reference_lacks_is_learned(lacking, closed, incomplete, lost):
+    beads = lacking.population.beads
+    table = density_table(lacking)
+    beside = table["beside (residues)"].sum()
+    assert 20 < beside < 45, "30 residues"
+    # It is where they are.
+    extra = beads.coords[beads.widths == 3.0]
+    weights = beads.weights[beads.widths == 3.0]
+    distance, _ = cKDTree(closed.node_coords[lost]).query(extra)
+    assert weights[distance < 6].sum() > 0.75 * weights.sum()
+    assert table["occupancy"].between(0.4, 1.6).all()
+    assert (lacking.model.beads.widths < 3).all(), "the model is as it was"
+    finding = {part.name: part for part in lacking.verdict.findings}["density"]
+    assert finding.grade == "doubtful" and "the reference lacks" in finding.sentence
+    assert "chain B" in finding.sentence
+
+
+def test_learned_density_explains_the_images_as_the_residues_would(lacking, closed, monkeypatch):
+    particles = lacking.particles
+    complete = refine(Model(closed, particles, modes=5), particles, progress=False)
+    monkeypatch.setattr(cryochains.inference.refinement, "learn_beads", lambda *_, **__: None)
+    ignored = refine(lacking.model, particles, progress=False)
+    assert ignored.population.beads is None
+    best, learned, worst = (
+        result.history[-1]["correlation"] for result in (complete, lacking, ignored)
+    )
+    assert best - learned < 0.25 * (best - worst)
+
+
+def test_residues_that_are_not_there_are_named(closed, incomplete, lost):
+    particles = particles_of(incomplete)
+    result = refine(Model(closed, particles, modes=None), particles, progress=False)
+    occupancy = density_table(result)["occupancy"].to_numpy()
+    assert np.median(occupancy[lost]) < 0.3
+    assert np.median(np.delete(occupancy, lost)) == pytest.approx(1, abs=0.1)
+    finding = {part.name: part for part in result.verdict.findings}["density"]
+    first, last = map(int, re.search(r"chain B (\d+)–(\d+) hardly seen", finding.sentence).groups())
+    true_first, true_last = names_of(closed, lost)
+    assert abs(first - true_first) <= 4 and abs(last - true_last) <= 4
+
+
+def test_a_reference_that_lacks_nothing_keeps_its_beads(closed):
+    particles = particles_of(closed)
+    result = refine(Model(closed, particles, modes=5), particles, progress=False)
+    assert result.population.beads is None
+    assert (density_table(result)["occupancy"] == 1).all()
+    assert "density" not in {part.name for part in result.verdict.findings}
+
+
+def test_held_out_particles_and_files_know_the_density(lacking, tmp_path):
+    few = lacking.particles[:10]
+    again = refine(lacking.model, few, lacking.population, progress=False)
+    near = (again.decode() - lacking[:10].decode()).square().sum(2).mean().sqrt()
+    assert near < 0.5
+    lacking.save(tmp_path / "r.safetensors")
+    loaded = load_result(tmp_path / "r.safetensors")
+    for name in ("coords", "node", "weights", "widths"):
+        before = getattr(lacking.population.beads, name)
+        np.testing.assert_array_equal(getattr(loaded.population.beads, name), before)
+    latents = lacking.latents[:2]
+    pose = (few.rotations[:2], few.shifts[:2])
+    seen, plain = (m.render(latents, *pose) for m in (loaded.imaging_model, loaded.model))
+    assert (seen - plain).square().mean() > 0.01 * plain.square().mean()
+    limits = [
+        information_limit(lacking.model, few, population, latents=lacking.latents[:10])
+        for population in (lacking.population, replace(lacking.population, beads=None))
+    ]
+    assert not np.allclose(*limits, rtol=1e-3)
+
+
+SHORT = {"blurs": (4.0, 2.0, 0.0, 0.0), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def whole(lacking) -> Result:
+    return refine(lacking.model, lacking.particles[:40], **SHORT)
+
+
+@pytest.mark.parametrize("n_passes", [3, 5, 8])
+def test_a_run_that_was_cut_resumes_exactly(lacking, whole, tmp_path, monkeypatch, n_passes):
+    """Cut while beads are the model's own, and after they were learned once and twice."""
+    particles = lacking.particles[:40]
+    assert whole.population.beads is not None
+    checkpoint = tmp_path / "run.safetensors"
+    original = cryochains.inference.refinement._one_pass
+    passes = iter(range(n_passes))
+
+    def cut(*arguments):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cryochains.inference.refinement, "_one_pass", cut)
+        refine(lacking.model, particles, checkpoint=checkpoint, **SHORT)
+    resumed = refine(lacking.model, particles, checkpoint=checkpoint, **SHORT)
+    assert torch.equal(resumed.latents, whole.latents)
+    assert torch.equal(resumed.std, whole.std)
+    assert resumed.history == whole.history
