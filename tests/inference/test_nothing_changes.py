@@ -235,6 +235,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         ctf=g.particles.ctf,
     ),
     # model
+    "beads_of": lambda g, f: models.beads_of(g.closed),
     "can_change_frame": lambda g, f: models.can_change_frame(g.dynamics),
     "frame_jacobian": lambda g, f: [
         models.frame_jacobian(g.dynamics, g.latents).pose(g.particles.rotations, g.closed.origin),
