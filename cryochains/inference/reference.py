@@ -178,31 +178,29 @@ def learn_beads(
     model = result.model.to(choose_device(device))
     latents = result.latents if latents is None else latents.cpu()
     views = _views_of(result[rows], model, latents[rows], _DENSITY_BLUR)
-    if not _asks(model, views):
-        return None
     extra = _extra_beads(model.structure)
-    _, significance = _lacking_density(model, views, extra)
+    lacking = _lacking_density(model, views, extra)
+    if not _asks(model, views, lacking):
+        return None
+    _, significance = lacking
     tried = np.flatnonzero(significance >= min(_MIN_SIGNIFICANCE, significance.max()))
     return _most_probable_beads(model, views, _rows_of(extra, tried), progress)
 
 
-def _asks(model: Model, views: list[_View]) -> bool:
+def _asks(model: Model, views: list[_View], lacking: tuple[np.ndarray, np.ndarray]) -> bool:
     """Whether the images show density that the model's beads lack, or lack some of theirs.
 
-    Atoms that are elsewhere than the model can move them to look like both, about as much.
+    `lacking` is what the extra beads say (see `_lacking_density`). Atoms that are elsewhere than
+    the model can move them to look like both, about as much.
     """
-    structure = model.structure
-    looks = [
-        _lacking_density(model, views, beads)
-        for beads in (_extra_beads(structure), _node_beads(structure))
-    ]
+    looks = lacking, _lacking_density(model, views, _node_beads(model.structure))
     weight, significance = (np.concatenate(parts) for parts in zip(*looks, strict=True))
     clear = abs(significance) > _ASKING_SIGNIFICANCE
-    lacking = weight[clear].max(initial=0.0)
+    too_little = weight[clear].max(initial=0.0)
     too_much = -weight[clear].min(initial=0.0)
-    if lacking > _ASKING and lacking > _LACKING_RATIO * too_much:
+    if too_little > _ASKING and too_little > _LACKING_RATIO * too_much:
         return True
-    return too_much > _ASKING and too_much > _TOO_MUCH_RATIO * lacking
+    return too_much > _ASKING and too_much > _TOO_MUCH_RATIO * too_little
 
 
 def unbent(result: Result) -> Tensor:
@@ -384,9 +382,10 @@ def correct_reference(
 ) -> Structure:
     """The model's reference, with the shape that the refined particles have in common.
 
-    Finds the most probable change of shape while every particle's latents, and the beads that the
-    refinement learned, stay as they are; it is smooth, and has no part that a chain's modes, turn
-    or shift could do. Build a model around the returned structure, and refine again.
+    Finds the most probable change of shape while every particle's latents stay as they are; it is
+    smooth, and has no part that a chain's modes, turn or shift could do. Images are drawn with the
+    model's own beads, and with those that the refinement learned only where a change of shape does
+    not explain what they stand for. Build a model around the returned structure, and refine again.
 
     Parameters
     ----------
@@ -442,7 +441,10 @@ def correct_reference(
     # does not explain is.
     moved = own.with_beads(beads_of(shape, own.sigma))
     views = _views_of(chosen, moved, chosen.latents, _DENSITY_BLUR)
-    return corrected(own.with_beads(chosen.population.beads)) if _asks(moved, views) else shape
+    lacking = _lacking_density(moved, views, _extra_beads(structure))
+    if not _asks(moved, views, lacking):
+        return shape
+    return corrected(own.with_beads(chosen.population.beads))
 
 
 def _most_probable_field(model: Model, views: list[_View]) -> Tensor:
