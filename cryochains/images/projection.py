@@ -7,20 +7,16 @@ A Gaussian is separable, so an image of n atoms is one matrix product, image = G
 (n_atoms, box), and its gradient is two more: 2·n·box² multiply-adds forward, twice that backward.
 """
 
-import math
-
-import numpy as np
 import torch
-from scipy.sparse import csc_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .scatter import scatter_tangents
 
 # exp of very negative numbers underflows, and matrix products of denormal numbers are 30 times
 # slower on a CPU. e⁻²⁵ is zero beside 1 in float32, and the products of two such with amplitudes
 # and tangents are still normal numbers.
 MIN_EXPONENT = -25.0
-# Widths from its centre at which an atom ends where only its pixels are visited: e⁻⁸ of its height.
-_ATOM_EXTENT = 4.0
 # Gaussians of one chunk stay in the cache, and memory does not grow with the molecule.
 ATOMS_PER_CHUNK = 4096
 
@@ -140,9 +136,8 @@ def project_tangents(
 
     Notes
     -----
-    One matrix product of inner size 2·n_atoms for all k. An atom touches few pixels, so on a CPU
-    its matrix is a sparse one, which takes a fifth (64 px) to a twentieth (128 px) of the time; a
-    GPU multiplies the dense one.
+    An atom touches few pixels, and a CPU visits only those (`scatter`). A GPU takes all of them, in
+    one matrix product of inner size 2·n_atoms for all k.
 
     Examples
     --------
@@ -154,12 +149,9 @@ def project_tangents(
     if xy.device.type != "cpu":
         return _multiply(xy, tangents, weights, box_size, pixel_size, sigma)
     widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(xy.shape[:2])
-    weights = weights.to(xy.dtype)
-    images = [
-        _scatter(positions, moves, weights, box_size, pixel_size, width)
-        for positions, moves, width in zip(xy, tangents, widths, strict=True)
-    ]
-    return torch.stack(images)
+    amplitudes = weights.to(xy.dtype) / (2 * torch.pi * widths**4)
+    grid = pixel_grid(box_size, pixel_size, xy)
+    return scatter_tangents(xy, tangents.to(xy.dtype), amplitudes, grid, widths)
 
 
 def _multiply(
@@ -183,52 +175,6 @@ def _multiply(
     torch.mul(gy.unsqueeze(3), tangents.permute(0, 3, 2, 1).unsqueeze(-1), out=left)
     left = left.view(batch, 2 * n, k * box_size)
     return torch.bmm(left.transpose(1, 2), right).view(batch, k, box_size, box_size)
-
-
-def _scatter(
-    xy: Tensor, tangents: Tensor, weights: Tensor, box_size: int, pixel_size: float, sigma: Tensor
-) -> Tensor:
-    """(k, box, box) what `project_tangents` gives for one image.
-
-    Only pixels within _ATOM_EXTENT widths of an atom are visited: a sparse (box², 2n) matrix with
-    the derivatives of every atom's Gaussian along x and y, times the (2n, k) tangents.
-    """
-    k, n, _ = tangents.shape
-    nearest = (xy / pixel_size).round()
-    # Few window sizes: atoms of similar width share one.
-    extent = 2 ** torch.log2(_ATOM_EXTENT * sigma / pixel_size).mul_(2).ceil_().div_(2)
-    values, pixels, counts, order = [], [], [], []
-    for radius in extent.unique():
-        atoms = torch.nonzero(extent == radius).squeeze(1)
-        steps = torch.arange(-math.ceil(float(radius)), math.ceil(float(radius)) + 1)
-        index = nearest[atoms].long().unsqueeze(-1) + steps  # (m, 2, w) pixel from the centre
-        away = index * pixel_size - xy[atoms].unsqueeze(-1)
-        width = sigma[atoms, None, None]
-        index += box_size // 2
-        inside = (index >= 0) & (index < box_size)
-        bell = torch.exp(-0.5 * (away / width) ** 2) * inside
-        slope = bell * away
-        gx, gy = bell.unbind(1)
-        sx, sy = slope.unbind(1)
-        amplitudes = weights[atoms, None] / (2 * torch.pi * sigma[atoms, None] ** 4)
-        gy = gy * amplitudes
-        sy = sy * amplitudes
-        values.append((gy.unsqueeze(2) * sx.unsqueeze(1)).flatten())
-        values.append((sy.unsqueeze(2) * gx.unsqueeze(1)).flatten())
-        index.clamp_(0, box_size - 1)
-        pixel = index[:, 1].unsqueeze(2) * box_size + index[:, 0].unsqueeze(1)
-        pixel = pixel.int().flatten()
-        pixels += [pixel, pixel]
-        counts += [len(steps) ** 2] * (2 * len(atoms))
-        order += [2 * atoms, 2 * atoms + 1]
-    edges = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    matrix = csc_array(
-        (torch.cat(values).numpy(), torch.cat(pixels).numpy(), edges), shape=(box_size**2, 2 * n)
-    )
-    # (k, n, 2) → (2n, k): atom by atom, x and y; in the order of the columns.
-    moves = tangents.permute(1, 2, 0).reshape(2 * n, k)[torch.cat(order)]
-    images = torch.from_numpy(matrix @ moves.numpy())
-    return images.T.reshape(k, box_size, box_size)
 
 
 def filter_images(images: Tensor, transfer: Tensor) -> Tensor:

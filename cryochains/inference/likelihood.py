@@ -28,7 +28,7 @@ _Answer = TypeVar("_Answer")
 
 # Working memory of one block of Jacobians: small enough for a laptop's cache, large enough to fill
 # a GPU.
-BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**31}
+BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**31}
 # Å, no atom is drawn wider for being uncertain: without a limit, atoms of loose ends would be drawn
 # so wide that the images say nothing of them, wherever the model does not fit.
 MAX_ATOM_SIGMA = 4.0
@@ -223,7 +223,9 @@ def normal_equations(
     """
     band = frequency_band(model.microscope, blur)
     largest = max(layout.n_atoms for layout in model.bead_dynamics.chains)
-    bytes_each = 4 * band.box_size * model.n_latents * (2 * largest + 6 * model.box_size)
+    # A GPU takes all pixels of all beads of a chain.
+    beads = 2 * largest if latents.is_cuda else 0
+    bytes_each = 4 * band.box_size * model.n_latents * (beads + 6 * band.box_size)
     block = max(1, BLOCK_BYTES["cuda" if latents.is_cuda else "cpu"] // bytes_each)
     blocks = [slice(start, start + block) for start in range(0, len(latents), block)]
 
