@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._devices import choose_device
-from ..images import Batch
-from ..model import Microscope, Model, beads_of, rotvec_to_matrix
+from ..images import Batch, ParticleStack
+from ..model import Microscope, Model, Population, beads_of, rotvec_to_matrix
 from ..molecule import Beads, Structure
 from .likelihood import crop_spectrum, frequency_band, position_variance, real_parts
 from .result import POSES, Result
@@ -98,28 +98,31 @@ class _View:
         return (self.data - real_parts(expected)).square().sum() / 2
 
 
-def _views_of(result: Result, model: Model, latents: Tensor, blur: float) -> list[_View]:
-    """The particles of a result, in its frame of the poses, at other latents of theirs."""
-    if result.particles is None:
+def _require_refined(result: Result) -> tuple[ParticleStack, Population, Tensor]:
+    """Particles, population and error bars of a result, or ValueError where one is absent."""
+    particles, population, std = result.particles, result.population, result.std
+    if particles is None or population is None or std is None:
         raise ValueError(
             f"expected the refinement of particles, with them, got {result!r}; try refine"
         )
+    return particles, population, std
+
+
+def _views_of(result: Result, model: Model, latents: Tensor, blur: float) -> list[_View]:
+    """The particles of a result, in its frame of the poses, at other latents of theirs."""
+    particles, _, _ = _require_refined(result)
     box = frequency_band(model.microscope, blur).box_size
     # Of two Gaussians a bead, and of as many extra beads as the molecule's own and more.
     bytes_each = 8 * 3 * len(model.beads) * box
     size = int(np.clip(_VIEW_BYTES // bytes_each, 1, _VIEW_SIZE))
-    batches = result.particles.batches(size, device=model.device)
+    batches = particles.batches(size, device=model.device)
     return [_view_of(result, model, latents, batch, blur) for batch in batches]
 
 
 @torch.no_grad()
 def _view_of(result: Result, model: Model, latents: Tensor, batch: Batch, blur: float) -> _View:
-    population, rows = result.population, batch.rows.cpu()
-    if population is None or result.std is None:
-        raise ValueError(
-            f"expected the refinement of particles, with them, got {result!r}; try refine"
-        )
-    device = model.device
+    _, population, std = _require_refined(result)
+    rows, device = batch.rows.cpu(), model.device
     band = frequency_band(model.microscope, blur)
     box = band.box_size
     noise = torch.full((len(rows),), population.noise_std)
@@ -139,7 +142,7 @@ def _view_of(result: Result, model: Model, latents: Tensor, batch: Batch, blur: 
     if batch.ctf is not None:
         transfer = transfer * crop_spectrum(batch.ctf, box)
     z = latents[rows].to(device)
-    covariance = result.std[rows].to(device).square().diag_embed()
+    covariance = std[rows].to(device).square().diag_embed()
     variance = position_variance(model.bead_dynamics, z, batch.rotations, covariance)
     data = real_parts(observed * (weights * band.low_pass))
     return _View(data, transfer, z, batch.rotations, batch.shifts, variance, blur)
@@ -414,10 +417,7 @@ def correct_reference(
     >>> correct_reference(result)
     Structure('glua3-closed', chains A B, 739 residues, 5,995 atoms)
     """
-    if result.particles is None or result.population is None or result.std is None:
-        raise ValueError(
-            f"expected the refinement of particles, with them, got {result!r}; try refine"
-        )
+    _, population, _ = _require_refined(result)
     # What is learned from junk would be wrong.
     shown = np.flatnonzero(result.shows_molecule)
     if not len(shown):
@@ -435,7 +435,7 @@ def correct_reference(
         return structure.with_coords(structure.atoms.getCoords() + field[structure.atom_node])
 
     shape = corrected(own)
-    if chosen.population is None or chosen.population.beads is None:
+    if population.beads is None:
         return shape
     # Residues elsewhere than thought look like density that is lacking; only what a change of shape
     # does not explain is.
@@ -444,7 +444,7 @@ def correct_reference(
     lacking = _lacking_density(moved, views, _extra_beads(structure))
     if not _asks(moved, views, lacking):
         return shape
-    return corrected(own.with_beads(chosen.population.beads))
+    return corrected(own.with_beads(population.beads))
 
 
 def _most_probable_field(model: Model, views: list[_View]) -> Tensor:
