@@ -8,6 +8,16 @@ import torch
 
 from cryochains.images import CTF
 
+SEVEN = (
+    "defocus_u",
+    "defocus_v",
+    "defocus_angle",
+    "phase_shift",
+    "voltage_kv",
+    "spherical_aberration_mm",
+    "amplitude_contrast",
+)
+
 
 def make_ctf(n: int, seed: int = 0) -> CTF:
     """Astigmatic; phase shifts, voltages and amplitudes differ; the last has U < V."""
@@ -29,7 +39,7 @@ def make_ctf(n: int, seed: int = 0) -> CTF:
 
 def relion_ctf(ctf: CTF, row: int, box: int, pixel: float) -> np.ndarray:
     """RELION's formula (ctf.cpp, CTF::getGamma and CTF::getCTF), written out."""
-    p = {name: float(getattr(ctf, name)[row]) for name in ctf.__dataclass_fields__}
+    p = {name: float(getattr(ctf, name)[row]) for name in SEVEN}
     volts, cs = 1e3 * p["voltage_kv"], 1e7 * p["spherical_aberration_mm"]
     wavelength = 12.2643247 / math.sqrt(volts * (1 + volts * 0.978466e-6))
     c, s = math.cos(p["defocus_angle"]), math.sin(p["defocus_angle"])
@@ -57,7 +67,7 @@ def test_ctf_is_relions(box, pixel):
 
 def test_swapped_defoci_with_the_angle_turned_are_the_same_ctf():
     ctf = make_ctf(3)
-    fields = {name: getattr(ctf, name) for name in ctf.__dataclass_fields__}
+    fields = {name: getattr(ctf, name) for name in SEVEN}
     swapped = fields | {
         "defocus_u": ctf.defocus_v,
         "defocus_v": ctf.defocus_u,

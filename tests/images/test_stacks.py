@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from cryochains.images import ParticleStack
+from cryochains.images.resampling import Grid
 from cryochains.images.stacks import Images, StackFile, positions, write_stack
 
 
@@ -136,11 +138,18 @@ def test_not_mrc(tmp_path):
             StackFile.open(wrong)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 10), (3, 7, 7)])
-def test_not_square_or_odd(tmp_path, shape):
+@pytest.mark.parametrize("shape", [(3, 8, 10), (3, 7, 9)])
+def test_not_square(tmp_path, shape):
     path = write(tmp_path / "a.mrcs", np.zeros(shape, dtype=np.float32))
     with pytest.raises(ValueError, match=f"even box, got {shape[1]} × {shape[2]} px in .*; try"):
         StackFile.open(path)
+
+
+def test_odd_boxes_are_no_particles_until_they_are_resampled(tmp_path):
+    images = lazy(write(tmp_path / "a.mrcs", np.zeros((3, 7, 7), dtype=np.float32)))
+    with pytest.raises(ValueError, match="even box, got 7 × 7 px"):
+        ParticleStack(images, torch.eye(3).expand(3, 3, 3), pixel_size=1.0)
+    assert images.on_grid(Grid(6, 7 / 6), np.ones(3)).read().shape == (3, 6, 6)
 
 
 def test_transforms_are_no_images(tmp_path):
