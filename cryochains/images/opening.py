@@ -292,8 +292,8 @@ def scaled_shifts(table: _Table, known: Known, images: Images, sizes: np.ndarray
     their shifts larger. Images that were binned since have fewer and larger pixels, and then
     nothing changes.
     """
-    in_table = table.pixel_sizes()
-    if known.pixel_size is None or in_table is None:
+    in_table = None if known.pixel_size is None else table.pixel_sizes()
+    if in_table is None:
         return np.ones((len(sizes), 1))
     boxes = table.box_sizes()
     ratio = sizes / in_table

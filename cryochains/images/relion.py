@@ -62,8 +62,8 @@ _REPLACED_COLUMNS = (
 _MAGNIFICATION_COLUMNS = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
 # Columns that tables of subtomograms have and those of particles do not.
 _SUBTOMOGRAM_COLUMNS = ("rlnTomoParticleName", "rlnTomoVisibleFrames", "rlnTomoParticleId")
-# Larger numbers of an image are no number of one.
-_MAX_IMAGE_NUMBER = 1e9
+# Numbers of images have leading zeros, and no more digits than this.
+_MAX_DIGITS = 12
 # Where one of these is not 0, the images were changed and no longer show the CTF of the table.
 _ALTERED_COLUMNS = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 # At a smaller sine of tilt, rot and psi turn about the same axis to the precision of float32.
@@ -157,19 +157,27 @@ class ParticleTable:
 
         None when neither has the column.
         """
+        cells, codes = self._cells(column)
+        if cells is None or codes is None:
+            return cells
+        return cells.iloc[codes].reset_index(drop=True)
+
+    def _cells(self, column: str) -> tuple[pd.Series | None, np.ndarray | None]:
+        """Cells of `column`, and which of them each particle has where they belong to groups."""
         if column in self.particles:
-            return self.particles[column]
+            return self.particles[column], None
         if not self._has_by_group(column):
-            return None
+            return None, None
         optics = self.blocks["optics"]
-        groups = self.particles["rlnOpticsGroup"]
-        unknown = sorted(set(groups.astype(str)) - set(optics["rlnOpticsGroup"]))
+        codes, groups = pd.factorize(self.particles["rlnOpticsGroup"])
+        cells = optics.set_index("rlnOpticsGroup")[column]
+        unknown = sorted(set(groups) - set(cells.index))
         if unknown:
             raise ValueError(
                 f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such "
                 "row; try the .star file that RELION wrote"
             )
-        return groups.map(optics.set_index("rlnOpticsGroup")[column])
+        return cells.loc[list(groups)], codes
 
     def numbers(self, column: str, default: float | None = None) -> np.ndarray:
         """(n,) float64 values of `column` of every particle.
@@ -179,15 +187,17 @@ class ParticleTable:
         ValueError
             When a cell is not a number, or the column is missing and there is no `default`.
         """
-        text = self.text(column)
-        if text is None:
+        cells, codes = self._cells(column)
+        if cells is None:
             if default is None:
                 raise self._missing([column])
             return np.full(len(self.particles), default)
-        values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
+        # Of a group's value, which may be a million particles', one is read.
+        values = parse_numbers(cells)
+        values = values if codes is None else values[codes]
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
-            cell = text.iloc[bad[0]]
+            cell = cells.iloc[bad[0] if codes is None else codes[bad[0]]]
             raise ValueError(
                 f"expected numbers in {column} of {self.path}, got {cell!r} in row "
                 f"{bad[0] + 1}; try leaving that particle out"
@@ -359,17 +369,21 @@ class ParticleTable:
 
     def names(self) -> ImageNames:
         """Which image of which file each particle is."""
-        parts = self.particles["rlnImageName"].str.extract(r"^(?:(\d+)@)?(.*)$")
-        numbers = parse_numbers(parts[0].fillna("1"))
-        bad = np.flatnonzero(~(numbers < _MAX_IMAGE_NUMBER) | (parts[1] == "").to_numpy())
-        if len(bad):
-            name = self.particles["rlnImageName"].iloc[bad[0]]
-            raise ValueError(
-                f"expected names of images such as 000001@a.mrcs in {self.path}, got {name!r} in "
-                f"row {bad[0] + 1}; try the file that RELION wrote"
-            )
-        file_index, files = pd.factorize(parts[1])
-        return ImageNames(list(files), file_index, numbers.astype(np.int64) - 1)
+        numbers = np.empty(len(self.particles), dtype=np.int64)
+        files = []
+        for row, name in enumerate(self.ids):
+            number, at, file = name.partition("@")
+            # Without a number, the file has one image.
+            number, file = (number, file) if at and number.isdecimal() else ("1", name)
+            if not file or len(number) > _MAX_DIGITS:
+                raise ValueError(
+                    f"expected names of images such as 000001@a.mrcs in {self.path}, got {name!r} "
+                    f"in row {row + 1}; try the file that RELION wrote"
+                )
+            numbers[row] = int(number)
+            files.append(file)
+        file_index, unique = pd.factorize(np.array(files, dtype=object))
+        return ImageNames(list(unique), file_index, numbers - 1)
 
     def select(self, rows: np.ndarray, names: list[str]) -> dict:
         """Blocks to write: these rows in this order, under new names of their images."""

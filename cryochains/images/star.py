@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# Lines that pandas would read otherwise than STAR: quotes, comments, control characters.
-_UNUSUAL = re.compile(rb"[\"'#\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+# Bytes of lines that pandas reads as STAR does: no quotes, comments or control characters.
+_PLAIN_BYTES = bytes({9, *range(32, 256)} - {*b"\"'#", 127})
 _CELL = re.compile(r"\"([^\"]*)\"(?=\s|$)|'([^']*)'(?=\s|$)|(\S+)")
 # A longer line is no row of a table; RELION's have some hundred characters.
 _MAX_LINE = 1_000_000
@@ -65,7 +65,7 @@ class _StarBlock:
         self.n_rows += 1
         # A comment among the rows, which pandas would take for a row.
         self.is_plain = self.is_plain and not self.after_comment
-        if _UNUSUAL.search(line):
+        if line.translate(None, _PLAIN_BYTES):
             self.is_plain = False
             n_cells = len(_cells(line.decode("utf-8")))
         else:
