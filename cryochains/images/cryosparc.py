@@ -325,13 +325,7 @@ def _read_array(path: Path) -> np.ndarray:
         raise FileNotFoundError(
             f"expected a cryoSPARC .cs file, got {path}, which is not there; try another path"
         )
-    try:
-        array = _checked_array(path)
-    # What numpy's parts raise for a damaged header.
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError, RecursionError) as error:
-        raise ValueError(
-            f"expected a cryoSPARC .cs file, got {path} ({error}); try exporting it again"
-        ) from error
+    array = _checked_array(path)
     if array.ndim != 1 or not array.dtype.names or not len(array):
         raise ValueError(
             f"expected a table of particles, got an array of {array.shape} and {array.dtype} in "
@@ -343,18 +337,26 @@ def _read_array(path: Path) -> np.ndarray:
 def _checked_array(path: Path) -> np.ndarray:
     """The array, read once its announced size is that of the file."""
     with open(path, "rb") as file:
-        version = npy.read_magic(file)
-        if version not in _NPY_READERS:
-            raise EOFError(f"version {version} of numpy's format")
-        shape, _, dtype = _NPY_READERS[version](file, max_header_size=_MAX_HEADER)
+        try:
+            version = npy.read_magic(file)
+            shape, _, dtype = _NPY_READERS[version](file, max_header_size=_MAX_HEADER)
+        except Exception as error:  # whatever the parts of numpy's reader raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise _not_cs(path, reason) from error
         if dtype.hasobject:
-            raise EOFError("it holds Python objects, which are never read")
+            raise _not_cs(path, "it holds Python objects, which are never read")
         if len(shape) != 1 or not 0 <= shape[0] < 1 << 40 or not 0 < dtype.itemsize < 1 << 24:
-            raise EOFError(f"an array of shape {shape}")
+            raise _not_cs(path, f"an array of shape {shape}")
         n_bytes = shape[0] * dtype.itemsize
         if path.stat().st_size - file.tell() < n_bytes:
-            raise EOFError(f"fewer than the {n_bytes} bytes it announces")
+            raise _not_cs(path, f"fewer than the {n_bytes} bytes it announces")
         return np.frombuffer(file.read(n_bytes), dtype=dtype, count=shape[0])
+
+
+def _not_cs(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"expected a cryoSPARC .cs file, got {path} ({reason}); try exporting it again"
+    )
 
 
 def _join(path: Path, array: np.ndarray, other_path: Path) -> np.ndarray:

@@ -126,8 +126,10 @@ class StackFile:
         order = np.argsort(slices, kind="stable")
         ordered = np.asarray(slices)[order]
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+        step = max(1, _READ_BYTES // image_bytes)
         for run in np.split(order, breaks) if len(order) else []:
-            for part in np.array_split(run, -(-len(run) * image_bytes // _READ_BYTES)):
+            for start in range(0, len(run), step):
+                part = run[start : start + step]
                 offset = self.start + int(slices[part[0]]) * image_bytes
                 data = file.read(len(part) * image_bytes, offset)
                 if len(data) != len(part) * image_bytes:
