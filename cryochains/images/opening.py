@@ -89,6 +89,8 @@ class ImageNames:
 class _Table(Protocol):
     """Particles of a file, in this library's conventions."""
 
+    def __len__(self) -> int: ...
+
     @property
     def path(self) -> Path: ...
 
@@ -215,7 +217,7 @@ def _warn_of_duplicates(table: _Table, names: ImageNames) -> None:
 def _pixel_sizes(table: _Table, known: Known) -> np.ndarray:
     """(n,) Å of the images in their files; sizes that are the same but for rounding are one."""
     if known.pixel_size is not None:
-        return np.full(len(table.ids), float(known.pixel_size))
+        return np.full(len(table), float(known.pixel_size))
     sizes = table.pixel_sizes()
     if sizes is None:
         raise ValueError(
@@ -261,7 +263,7 @@ def _compare_headers(
     if doubtful:
         warnings.warn(
             f"{table.path} has {doubtful}; the table's is taken, pixel_size= takes another",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -421,7 +423,7 @@ def warn_of_ignored(path: Path, ignored: list[str]) -> None:
     """One warning that names what of a table is not used."""
     if ignored:
         warnings.warn(
-            f"{path} has {', '.join(ignored)}, which the images are not corrected for; at the "
-            "resolution of motions they matter little",
+            f"{path} has {', '.join(ignored)}: the images are not corrected for that. At the "
+            "resolution of motions it matters little",
             stacklevel=4,
         )

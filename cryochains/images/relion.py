@@ -148,6 +148,9 @@ class ParticleTable:
     blocks: dict
     name: str
 
+    def __len__(self) -> int:
+        return len(self.particles)
+
     @property
     def particles(self) -> pd.DataFrame:
         return self.blocks[self.name]
@@ -191,7 +194,7 @@ class ParticleTable:
         if cells is None:
             if default is None:
                 raise self._missing([column])
-            return np.full(len(self.particles), default)
+            return np.full(len(self), default)
         # Of a group's value, which may be a million particles', one is read.
         values = parse_numbers(cells)
         values = values if codes is None else values[codes]
@@ -318,9 +321,10 @@ class ParticleTable:
             if value is None:
                 values[field] = self.numbers(column, default=0.0) * unit
             else:
-                values[field] = np.full(len(self.particles), value)
-        self._warn_of_ignored()
-        return make_ctf(self, values | self._more_of_the_ctf())
+                values[field] = np.full(len(self), value)
+        more = self._more_of_the_ctf()
+        warn_of_ignored(self.path, self._ignored("magnification" in more))
+        return make_ctf(self, values | more)
 
     def _more_of_the_ctf(self) -> dict[str, np.ndarray]:
         """What few tables have, by the names of the CTF's fields; without what changes nothing."""
@@ -357,7 +361,8 @@ class ParticleTable:
             table[row, : len(numbers)] = numbers
         return table[codes]
 
-    def _warn_of_ignored(self) -> None:
+    def _ignored(self, is_magnified: bool) -> list[str]:
+        """What the table says of the microscope and is not used."""
         ignored = [
             column
             for column in ("rlnBeamTiltX", "rlnBeamTiltY")
@@ -365,11 +370,14 @@ class ParticleTable:
         ]
         if self.has("rlnOddZernike") and self._lists("rlnOddZernike").any():
             ignored.append("rlnOddZernike")
-        warn_of_ignored(self.path, ignored)
+        if is_magnified:
+            # The CTF has it; the projected molecule is not stretched.
+            ignored.append("a magnification matrix, which only the CTF takes account of")
+        return ignored
 
     def names(self) -> ImageNames:
         """Which image of which file each particle is."""
-        numbers = np.empty(len(self.particles), dtype=np.int64)
+        numbers = np.empty(len(self), dtype=np.int64)
         files = []
         for row, name in enumerate(self.ids):
             number, at, file = name.partition("@")

@@ -21,6 +21,8 @@ _MAX_OPEN_STACKS = 16
 # Neighbouring images are read in pieces of at most about this many bytes.
 _READ_BYTES = 1 << 18
 _HEADER_BYTES = 1024
+# How compressed files begin.
+_GZIP = b"\x1f\x8b"
 # Larger numbers are no header of particle images.
 _MAX_BOX = 32_768
 _MAX_EXTENDED_HEADER = 1 << 28
@@ -161,6 +163,8 @@ def _read_header(path: Path) -> _Header:
             data = file.read(_HEADER_BYTES)
     except OSError as error:
         raise _not_mrc(path, error.strerror or str(error)) from error
+    if data[:2] == _GZIP:
+        raise _not_mrc(path, "it is compressed, and has to be unpacked with gunzip first")
     if len(data) < _HEADER_BYTES:
         raise _not_mrc(path, f"{len(data)} bytes, fewer than a header has")
     # A stamp that says nothing: the order of bytes in which the numbers make sense.

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import starfile
 import torch
-from scipy.spatial.transform import Rotation
 
 from cryochains.images import load_particles, open_source, random_rotations
 from cryochains.images.cryosparc import read_cs, with_fields
@@ -78,11 +77,18 @@ def project(tmp_path):
     return write_cs(tmp_path / "J24" / "particles.cs", fields())
 
 
+def expmap(vector):
+    """pyem's of a rotation vector: Rodrigues' formula, transposed."""
+    angle = np.linalg.norm(vector)
+    x, y, z = vector / angle
+    k = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return (np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * k @ k).T
+
+
 def write_star(path, values, pixel_size=PIXEL):
     """The same particles for RELION: as csparc2star.py of pyem has them."""
-    # Its expmap gives the transpose of the rotation by the vector, and RELION's angles of that.
-    matrices = Rotation.from_rotvec(values["alignments3D/pose"]).as_matrix().transpose(0, 2, 1)
-    angles = rotation_to_euler(torch.from_numpy(matrices.copy())).numpy()
+    matrices = np.stack([expmap(pose.astype(float)) for pose in values["alignments3D/pose"]])
+    angles = rotation_to_euler(torch.from_numpy(matrices)).numpy()
     table = {"rlnImageName": [f"{i + 1:06d}@J19/extract/a.mrc" for i in values["blob/idx"]]}
     for number, column in enumerate(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")):
         table[column] = angles[:, number]
@@ -248,12 +254,12 @@ def test_ctf_scale_and_b_factor_are_used_and_tilt_is_named(project):
     values["ctf/bfactor"] = values["ctf/bfactor"] + np.float32(50)
     values["ctf/tilt_A"] = values["ctf/tilt_A"] + np.float32(3)
     path = write_cs(project.parent / "more.cs", values)
-    with pytest.warns(UserWarning, match="more.cs has ctf/tilt_A, which the images are not"):
+    with pytest.warns(UserWarning, match="more.cs has ctf/tilt_A: the images are not"):
         loaded = load_particles(path)
     plain = load_particles(project).ctf.evaluate(16, PIXEL)
     x, y = np.fft.rfftfreq(16, PIXEL)[None, :], np.fft.fftfreq(16, PIXEL)[:, None]
     damping = 0.8 * np.exp(-50 / 4 * (x**2 + y**2))
-    np.testing.assert_allclose(loaded.ctf.evaluate(16, PIXEL), plain * damping, atol=1e-5)
+    np.testing.assert_allclose(loaded.ctf.evaluate(16, PIXEL), plain.numpy() * damping, atol=1e-5)
 
 
 @pytest.mark.parametrize(

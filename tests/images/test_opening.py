@@ -192,12 +192,14 @@ def test_an_image_named_twice_is_one_warning(tmp_path):
     assert len(caught) == 1 and len(particles) == N
 
 
+@pytest.mark.filterwarnings("ignore:.*magnification matrix")
 def test_aberrations_of_a_table(tmp_path):
     stack(tmp_path / "a.mrcs")
     matrix = {"rlnMagMat00": 1.01, "rlnMagMat01": 0.02, "rlnMagMat10": 0.0, "rlnMagMat11": 0.99}
     lists = {"rlnEvenZernike": ["[0.1,0,-0.2]"], "rlnOddZernike": ["[0,0]"], "rlnBeamTiltX": 0.0}
     star = write(tmp_path, table(rlnCtfScalefactor=0.9), optics(**matrix, **lists))
-    ctf = load_particles(star).ctf
+    with pytest.warns(UserWarning, match="a magnification matrix, which only the CTF"):
+        ctf = load_particles(star).ctf
     assert ctf.magnification[2].flatten().tolist() == list(matrix.values())
     assert ctf.even_zernikes[5].tolist() == [0.1, 0.0, -0.2]
     assert ctf.scale.tolist() == [0.9] * N and ctf.b_factor is None
@@ -208,7 +210,7 @@ def test_aberrations_of_a_table(tmp_path):
     for mine, theirs in zip(again.values(), changed.ctf.values(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
     odd = lists | {"rlnOddZernike": ["[0,1]"], "rlnBeamTiltX": 0.3}
-    with pytest.warns(UserWarning, match="has rlnBeamTiltX, rlnOddZernike, which the images are"):
+    with pytest.warns(UserWarning, match="has rlnBeamTiltX, rlnOddZernike: the images are not"):
         load_particles(write(tmp_path, groups=optics(**odd)))
     with pytest.raises(ValueError, match="expected lists of numbers in rlnEvenZernike .*a,b"):
         load_particles(write(tmp_path, groups=optics(rlnEvenZernike=["[a,b]"])))

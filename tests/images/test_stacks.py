@@ -136,6 +136,8 @@ def test_not_mrc(tmp_path):
     for wrong in (tmp_path / "a.txt", tmp_path / "a.gz", tmp_path / "absent.mrcs"):
         with pytest.raises(ValueError, match="expected an MRC stack, got .*; try"):
             StackFile.open(wrong)
+    with pytest.raises(ValueError, match="got .*a.gz .it is compressed, and has to be unpacked"):
+        StackFile.open(tmp_path / "a.gz")
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 10), (3, 7, 9)])
@@ -207,3 +209,20 @@ def test_a_file_that_changed_is_not_read_as_the_old_one(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="changed or gone"):
         stack[:2].read()
+
+
+def test_scattered_rows_in_any_order_are_those_of_the_file(tmp_path):
+    """Neighbours are read in one piece, whatever is asked for twice or backwards."""
+    images = np.random.default_rng(0).normal(size=(300, 16, 16)).astype(np.float32)
+    stack = lazy(write(tmp_path / "a.mrcs", images))
+    rng = np.random.default_rng(1)
+    for rows in (rng.integers(0, 300, 500), np.arange(300)[::-1], np.arange(300), [7], []):
+        rows = np.asarray(rows, dtype=np.int64)
+        np.testing.assert_array_equal(stack[rows].read(), images[rows])
+
+
+def test_images_larger_than_a_piece_are_read(tmp_path):
+    images = np.random.default_rng(0).normal(size=(2, 320, 320)).astype(np.float32)
+    np.testing.assert_array_equal(
+        lazy(write(tmp_path / "a.mrcs", images))[[1, 0]].read(), images[[1, 0]]
+    )
