@@ -11,6 +11,8 @@ from cryochains.images import load_particles
 from cryochains.images.cryosparc import write_array
 from cryochains.images.stacks import write_stack
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*magnification matrix")
+
 N = 4
 BOX = 8
 # What numbers are replaced by in texts, and names by.
@@ -128,9 +130,9 @@ def test_blank_lines_anywhere_take_no_time(good, at):
         "before rows": "000001@",
         "between rows": "000003@",
     }[at]
-    place = text.index(mark) if mark else len(text)
+    start_of_blank = text.index(mark) if mark else len(text)
     for blank in ("\n" * 40_000, " \t\r\n" * 40_000, "\n# a comment\n" * 20_000):
-        (good / "a.star").write_bytes((text[:place] + blank + text[place:]).encode())
+        (good / "a.star").write_bytes((text[:start_of_blank] + blank + text[start_of_blank:]).encode())
         start = time.process_time()
         assert len(load_particles(good / "a.star")) == N
         assert time.process_time() - start < 2
