@@ -231,8 +231,9 @@ def save_selection(
 ) -> Path:
     """Write the particles at `rows` of a result as selection-1.csv (or -2, …): row, id, scores.
 
-    Particles that came from files are also written as a .star of the same name, for RELION, with
-    their given poses. Corrected ones ``result.in_frame().particles.save`` writes.
+    Particles that came from files are also written as a .star of the same name, for RELION, and
+    those that came from cryoSPARC as a .cs too, with their given poses. Corrected ones
+    ``result.in_frame().particles.save`` writes.
 
     Parameters
     ----------
@@ -267,7 +268,9 @@ def save_selection(
     table.insert(1, "id", motions.result.ids[rows])
     particles = motions.result.in_frame("poses").particles
     if particles is not None and particles.images.paths:
-        particles[rows].save(path.with_suffix(".star"), images=False)
+        selected = particles[rows]
+        for suffix in sorted({".star", selected.file_suffix or ".star"}):
+            selected.save(path.with_suffix(suffix), images=False)
     with atomic_path(path) as part:
         table.to_csv(part, index=False)
     return path

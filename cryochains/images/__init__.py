@@ -1,14 +1,18 @@
-"""Particle images: projection of atoms, the CTF, and stacks of particles in RELION's files.
+"""Particle images: projection of atoms, the CTF, and stacks of particles in files.
 
 - `projection`: atoms in Å → images and their derivatives; filters, random poses, noise.
 - `ctf`: the contrast transfer function of each particle.
 - `stacks`: images in memory or in .mrcs files, of which only those asked for are read.
+- `resampling`: images on another grid: Fourier cropping, other pixel sizes, odd boxes.
+- `star`: STAR files as text.
 - `relion`: RELION's tables (.star), converted to this library's conventions and back.
+- `cryosparc`: cryoSPARC's tables (.cs), likewise.
+- `opening`: what is common to tables: finding images, comparing them with their headers.
 - `particles`: `ParticleStack`, the images with what is known of each.
 """
 
 from .ctf import CTF
-from .particles import Batch, ParticleStack, load_particles, plain_ids
+from .particles import Batch, ParticleStack, load_particles, open_source, plain_ids, source_path
 from .projection import (
     filter_images,
     gaussian_transfer,
@@ -29,11 +33,13 @@ __all__ = [
     "gaussian_transfer",
     "load_particles",
     "noise_std_for_snr",
+    "open_source",
     "pixel_grid",
     "plain_ids",
     "positions",
     "project",
     "project_tangents",
     "random_rotations",
+    "source_path",
     "write_particles",
 ]

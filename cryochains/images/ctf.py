@@ -1,7 +1,8 @@
 """The contrast transfer function of each particle (PSF of Eq. 3, in Fourier space)."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class CTF:
-    """Contrast transfer of each particle: seven (n,) float64 tensors.
+    """Contrast transfer of each particle: seven (n,) float64 tensors, and four more where known.
 
     Attributes
     ----------
@@ -22,6 +23,14 @@ class CTF:
     voltage_kv, spherical_aberration_mm : (n,) tensor
     amplitude_contrast : (n,) tensor
         A fraction, 0 to 1.
+    b_factor : (n,) tensor, optional
+        Å²: the transfer is multiplied by exp(−B k²/4) at k in 1/Å.
+    scale : (n,) tensor, optional
+        Factor of the whole transfer.
+    magnification : (n, 2, 2) tensor, optional
+        RELION's matrix: the transfer at k is that of the others at M k.
+    even_zernikes : (n, m) tensor, optional
+        RELION's coefficients of symmetric aberrations, radians; added to the phase.
     """
 
     defocus_u: Tensor
@@ -31,12 +40,25 @@ class CTF:
     voltage_kv: Tensor
     spherical_aberration_mm: Tensor
     amplitude_contrast: Tensor
+    b_factor: Tensor | None = None
+    scale: Tensor | None = None
+    magnification: Tensor | None = None
+    even_zernikes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.defocus_u)
 
     def __getitem__(self, rows) -> "CTF":
-        return CTF(*(torch.atleast_1d(values[rows]) for values in self.values()))
+        # One particle stays a row.
+        index = rows
+        if not isinstance(rows, slice):
+            index = torch.as_tensor(rows).reshape(-1)
+            # An empty list is a tensor of floats.
+            index = index if len(index) else index.long()
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: values[index] for name, values in known.items() if values is not None}
+        )
 
     def __repr__(self) -> str:
         parts = [f"{len(self):,} particles"]
@@ -47,8 +69,9 @@ class CTF:
         return f"CTF({', '.join(parts)})"
 
     def values(self) -> Iterator[Tensor]:
-        """The seven tensors, in the order of the fields."""
-        return (getattr(self, field.name) for field in fields(self))
+        """The seven tensors and those of the others that are known, in the order of the fields."""
+        everything = (getattr(self, field.name) for field in fields(self))
+        return (values for values in everything if values is not None)
 
     def evaluate(
         self, box_size: int, pixel_size: float, device: torch.device | str | None = None
@@ -65,6 +88,59 @@ class CTF:
         >>> transfer.shape, round(float(transfer[0, 0, 0]), 3)
         (torch.Size([1, 64, 33]), 0.1)
         """
+        if self.magnification is not None or self.even_zernikes is not None:
+            transfer = self._evaluate_with_aberrations(box_size, pixel_size, device)
+        else:
+            transfer = self._evaluate_plain(box_size, pixel_size, device)
+        return self._damp(transfer, box_size, pixel_size)
+
+    def _damp(self, transfer: Tensor, box_size: int, pixel_size: float) -> Tensor:
+        """The transfer times what B-factors and scales make of it."""
+        if self.b_factor is not None:
+            x, y = _frequencies(box_size, pixel_size)
+            exponent = -self.b_factor[:, None, None] / 4 * (x**2 + y**2)
+            transfer = transfer * exponent.exp().to(transfer)
+        if self.scale is not None:
+            transfer = transfer * self.scale[:, None, None].to(transfer)
+        return transfer
+
+    def _evaluate_with_aberrations(
+        self, box_size: int, pixel_size: float, device: torch.device | str | None
+    ) -> Tensor:
+        """RELION's formula in float64: the phase at M k, and the Zernike polynomials there."""
+
+        def column(values: Tensor) -> Tensor:
+            return values.to(device=device, dtype=torch.float64)[:, None, None]
+
+        x, y = (axis.to(device)[None] for axis in _frequencies(box_size, pixel_size))
+        if self.magnification is not None:
+            m = self.magnification
+            x, y = (
+                column(m[:, 0, 0]) * x + column(m[:, 0, 1]) * y,
+                column(m[:, 1, 0]) * x + column(m[:, 1, 1]) * y,
+            )
+        square = x**2 + y**2
+        angle = column(self.defocus_angle)
+        mean = column(self.defocus_u + self.defocus_v) / 2
+        difference = column(self.defocus_u - self.defocus_v) / 2
+        # Σ k² (u cos² + v sin²) of the angle between k and the axis of u.
+        along = angle.cos() * x + angle.sin() * y
+        defocus = mean * square + difference * (2 * along**2 - square)
+        wavelength = column(_wavelength(self.voltage_kv))
+        aberration = column(self.spherical_aberration_mm) * 1e7
+        contrast = column(self.amplitude_contrast)
+        phase = math.pi / 2 * aberration * wavelength**3 * square**2
+        phase = phase - math.pi * wavelength * defocus
+        phase = phase - column(self.phase_shift) - torch.asin(contrast)
+        if self.even_zernikes is not None:
+            for number in range(self.even_zernikes.shape[1]):
+                coefficient = column(self.even_zernikes[:, number])
+                phase = phase + coefficient * _even_zernike(number, x, y)
+        return -phase.sin().float()
+
+    def _evaluate_plain(
+        self, box_size: int, pixel_size: float, device: torch.device | str | None
+    ) -> Tensor:
         # A quarter of a second to import, and needed only where there are CTFs.
         from torch_ctf import calculate_ctf_2d
 
@@ -89,3 +165,35 @@ class CTF:
             rfft=True,
             fftshift=False,
         )
+
+
+def _frequencies(box_size: int, pixel_size: float) -> tuple[Tensor, Tensor]:
+    """x and y of the grid of ``torch.fft.rfft2``, in 1/Å, float64."""
+    x = torch.fft.rfftfreq(box_size, pixel_size, dtype=torch.float64)
+    y = torch.fft.fftfreq(box_size, pixel_size, dtype=torch.float64)
+    return x[None, :], y[:, None]
+
+
+def _wavelength(voltage_kv: Tensor) -> Tensor:
+    """Å of an electron; RELION's constants."""
+    volts = 1e3 * voltage_kv
+    return 12.2643247 / torch.sqrt(volts * (1 + volts * 0.978466e-6))
+
+
+def _even_zernike(number: int, x: Tensor, y: Tensor) -> Tensor:
+    """RELION's symmetric Zernike polynomial of this number at frequencies in 1/Å.
+
+    Number k² + k + m/2 has degree n = 2k and order m from −2k to 2k.
+    """
+    k = math.isqrt(number)
+    degree = 2 * k
+    order = 2 * (number - k * k - k)
+    radius = torch.hypot(x, y)
+    angle = torch.atan2(y, x)
+    size = abs(order)
+    radial = torch.zeros_like(radius)
+    for step in range((degree - size) // 2 + 1):
+        parts = (step, (degree + size) // 2 - step, (degree - size) // 2 - step)
+        factor = math.factorial(degree - step) / math.prod(math.factorial(part) for part in parts)
+        radial = radial + (-1) ** step * factor * radius ** (degree - 2 * step)
+    return radial * (torch.cos(size * angle) if order >= 0 else torch.sin(size * angle))

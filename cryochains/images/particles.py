@@ -5,8 +5,9 @@ until a batch asks for them, and the order of particles never changes by itself.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._files import content_digest
-from . import relion
+from . import cryosparc, relion
+from .cryosparc import CryosparcTable
 from .ctf import CTF
+from .opening import Known, choose_grid, open_images, scaled_shifts
+from .relion import ParticleTable
 from .stacks import Images, Rows, positions
 
 # Largest deviation of an element of R Rᵀ and of the determinant from those of a rotation.
@@ -75,10 +79,11 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class _Origin:
-    """A .star file and what was read from it, to tell what was changed since."""
+    """A file, how it was opened and what was read from it, to tell what was changed since."""
 
-    star: str
-    table: relion.ParticleTable
+    source: dict[str, Any]
+    table: ParticleTable | CryosparcTable
+    known: Known
     particles: "ParticleStack"
 
 
@@ -222,25 +227,31 @@ class ParticleStack:
 
     @property
     def columns(self) -> pd.DataFrame:
-        """n rows of the numbers that the .star file holds, such as rlnRandomSubset.
+        """n rows of the numbers that the file holds, such as rlnRandomSubset or alignments3D/error.
 
         Without columns when the particles came from no file.
         """
         if self._origin is None:
             return pd.DataFrame(index=range(len(self)))
-        table = self._origin.table.particles
-        # Columns of names are left out by their first row alone: there may be a million rows.
-        numeric = pd.to_numeric(table.iloc[0], errors="coerce").notna()
-        chosen = table.loc[:, numeric].iloc[self.rows].apply(pd.to_numeric, errors="coerce")
-        return chosen.dropna(axis=1).reset_index(drop=True)
+        return self._origin.table.columns(self.rows)
+
+    @property
+    def file_suffix(self) -> str | None:
+        """ ".star" or ".cs": what `save` writes that goes back to where the particles came from.
+
+        None when they came from no file.
+        """
+        if self._origin is None:
+            return None
+        return ".cs" if isinstance(self._origin.table, CryosparcTable) else ".star"
 
     @property
     def source(self) -> dict[str, Any] | None:
         """How to open these particles again, as a dictionary that fits into JSON.
 
-        ``load_particles(source["star"], invert=source["invert"])[particles.rows]`` are the same
-        particles, without their `truth`. None when they came from no file, or their images, ids,
-        poses or CTFs are no longer those of the file.
+        ``open_source(source)[particles.rows]`` are the same particles, without their `truth`: the
+        path is under "star" or "cs", the rest are arguments of `load_particles`. None when they
+        came from no file, or their images, ids, poses or CTFs are no longer those of the file.
 
         Examples
         --------
@@ -263,7 +274,7 @@ class ParticleStack:
         )
         if not same:
             return None
-        return {"star": self._origin.star, "invert": self.images.sign < 0}
+        return dict(self._origin.source)
 
     def __getitem__(self, rows: Rows) -> "ParticleStack":
         """The particles at these positions (int, slice, indices or mask), in this order.
@@ -401,7 +412,7 @@ class ParticleStack:
     def save(
         self, path: str | os.PathLike, images: bool = True, progress: str | None = None
     ) -> None:
-        """Write a RELION 3.1 .star file and the .mrcs with its images beside it, whole or neither.
+        """Write a table of the particles and the .mrcs with its images beside it, whole or neither.
 
         Columns of the file the particles came from are kept as they were; poses, CTFs and pixel
         size are written anew where they are no longer those of the file.
@@ -409,10 +420,11 @@ class ParticleStack:
         Parameters
         ----------
         path : path
-            Ends in .star.
+            Ends in .star, for RELION 3.1 or later, or, for particles that came from a .cs, in .cs.
         images : bool
-            False writes the .star alone, which names the images where they are: a selection for
-            RELION.
+            False writes the table alone, which names the images where they are, as they are there:
+            a selection for RELION or cryoSPARC. True writes them as they are read, binned where
+            `load_particles` was to bin them, and protein-bright.
         progress : str, optional
             Title of a progress bar; None shows none.
 
@@ -421,15 +433,19 @@ class ParticleStack:
         ValueError
             When the file cannot be written, or is the one that these images are read from.
         """
-        star = relion.check_star_path(path)
+        path = Path(path)
+        if path.suffix == ".cs":
+            self._require_cs_origin(path)
+        else:
+            relion.check_star_path(path)
         if not len(self):
             raise ValueError(
                 "expected at least one particle to save, got none; try another selection"
             )
         if not images:
-            relion.write_table(star, self._blocks(relion.present_names(star, self.images)))
+            self._save_table(path)
             return
-        stack = star.with_suffix(".mrcs")
+        stack = path.with_suffix(".mrcs")
         read_from = [source for source in self.images.paths if source.exists()]
         if stack.exists() and any(stack.samefile(source) for source in read_from):
             raise ValueError(
@@ -437,42 +453,149 @@ class ParticleStack:
                 f"{stack}; try a new one"
             )
         batches = self.batches(_SAVED_CHUNK, progress=progress)
-        relion.write_table_and_stack(
-            star,
-            self._blocks(relion.image_names(stack.name, len(self))),
-            (batch.images for batch in batches if batch.images is not None),
-            n_images=len(self),
-            box_size=self.box_size,
-            pixel_size=self.pixel_size,
-        )
+        chunks = (batch.images for batch in batches if batch.images is not None)
+        size: dict[str, Any] = {"n_images": len(self)}
+        size |= {"box_size": self.box_size, "pixel_size": self.pixel_size}
+        if path.suffix == ".cs":
+            array = self._array()
+            array = cryosparc.blob_fields(array, stack.name, self.box_size, self.pixel_size)
+            cryosparc.write_array_and_stack(path, array, chunks, **size)
+        else:
+            names = relion.image_names(stack.name, len(self))
+            blocks = self._blocks(names, with_images=True)
+            relion.write_table_and_stack(path, blocks, chunks, **size)
 
-    def _blocks(self, names: list[str]) -> dict:
+    def _save_table(self, path: Path) -> None:
+        """The table alone, for images that stay in their files."""
+        if path.suffix != ".cs":
+            names = relion.present_names(path, self.images)
+            relion.write_table(path, self._blocks(names, with_images=False))
+            return
+        array = self._array()
+        origin = self._origin
+        if origin and (origin.known.pixel_size or self.pixel_size != origin.particles.pixel_size):
+            sizes = np.full(len(self), self._written_geometry(False)[1], dtype=np.float32)
+            array = cryosparc.with_fields(array, {"blob/psize_A": sizes})
+        cryosparc.write_array(path, array)
+
+    def _require_cs_origin(self, path: Path) -> None:
+        if self.file_suffix != ".cs":
+            raise ValueError(
+                f"expected particles that came from a .cs file to write {path}, got others; "
+                f"try {path.with_suffix('.star')}"
+            )
+
+    def _array(self) -> np.ndarray:
+        """Rows of a .cs file, with the poses and CTFs of these particles."""
+        origin = self._origin
+        if origin is None or not isinstance(origin.table, CryosparcTable):
+            raise ValueError("expected particles of a .cs file, got others; try a .star")
+        array = origin.table.select(self.rows)
+        as_read = origin.particles[self.rows]
+        changed = (self.rotations != as_read.rotations).flatten(1).any(1)
+        changed |= (self.shifts != as_read.shifts).any(1)
+        if origin.known.pixel_size is not None:
+            changed[:] = True
+        if changed.any():
+            mask = changed.numpy()
+            array = cryosparc.pose_fields(array, self.rotations, self.shifts, mask, self.pixel_size)
+        same_ctf = _same_ctf(self, as_read) and not origin.known.replaces_values
+        if self.ctf is not None and not same_ctf:
+            array = cryosparc.ctf_fields(array, self.ctf)
+        return array
+
+    def _blocks(self, names: list[str], with_images: bool) -> dict:
         """Blocks of a .star file in which the images have these names."""
         origin = self._origin
+        if origin is None:
+            return self._fresh_blocks(names, with_images)
+        if isinstance(origin.table, CryosparcTable):
+            blocks = self._fresh_blocks(names, with_images)
+            more = origin.table.relion_columns(self.rows)
+            return {**blocks, "particles": blocks["particles"].assign(**more)}
+        as_read = origin.particles[self.rows]
+        same_ctf = _same_ctf(self, as_read) and not origin.known.replaces_values
+        same_poses = _same_poses(self, as_read)
         # Images in memory may have another box: the optics of the file are then no longer true.
-        if origin and self.images.paths and _same_metadata(self, origin.particles[self.rows]):
+        same_images = bool(self.images.paths) and not (with_images and self.images.grid)
+        same_images = same_images and self.pixel_size == as_read.pixel_size
+        if same_ctf and same_poses and same_images:
             return origin.table.select(self.rows, names)
-        fresh = relion.new_blocks(
+        if same_ctf and origin.table.has_optics:
+            return origin.table.select_with_poses(
+                self.rows,
+                names,
+                None if same_poses else (self.rotations, self.shifts),
+                None if same_images else self._written_geometry(with_images),
+            )
+        return origin.table.select_with(self.rows, names, self._fresh_blocks(names, with_images))
+
+    def _fresh_blocks(self, names: list[str], with_images: bool) -> dict[str, pd.DataFrame]:
+        box_size, pixel_size = self._written_geometry(with_images)
+        return relion.new_blocks(
             names,
             rotations=self.rotations,
             shifts=self.shifts,
-            pixel_size=self.pixel_size,
-            box_size=self.box_size,
+            pixel_size=pixel_size,
+            box_size=box_size,
             ctf=self.ctf,
         )
-        return origin.table.select(self.rows, names, fresh) if origin else fresh
+
+    def _written_geometry(self, with_images: bool) -> tuple[int, float]:
+        """Box in px and pixel size in Å of the images that a table names."""
+        images = self.images
+        if with_images or images.grid is None or images.pixel_sizes is None:
+            return self.box_size, self.pixel_size
+        sizes = np.unique(images.pixel_sizes)
+        boxes = np.unique(images.box_sizes)
+        if len(sizes) > 1 or len(boxes) > 1:
+            raise ValueError(
+                "expected images of one box and pixel size to name in a new table, got "
+                f"{boxes.tolist()} px and {sizes.tolist()} Å; try images=True"
+            )
+        # A pixel size that was changed by hand changes that of the files as much.
+        return int(boxes[0]), float(sizes[0]) * self.pixel_size / images.grid.pixel_size
 
 
-def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleStack:
-    """Open the particles of a RELION .star file; images stay on disk.
+def load_particles(
+    path: str | os.PathLike,
+    invert: bool = False,
+    *,
+    box_size: int | None = None,
+    datadir: str | os.PathLike | None = None,
+    passthrough: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    optics_group: str | int | None = None,
+    pixel_size: float | None = None,
+    voltage_kv: float | None = None,
+    spherical_aberration_mm: float | None = None,
+    amplitude_contrast: float | None = None,
+) -> ParticleStack:
+    """Open the particles of a RELION .star or a cryoSPARC .cs file; images stay on disk.
 
     Parameters
     ----------
     path : path
-        A .star file of RELION 3.1 or later (optics groups) or before (one table). Image names are
-        relative to its folder or to one above it.
+        A .star file of RELION 3.1 to 5 (optics groups) or before (one table), or a .cs file. Image
+        names are relative to its folder or to one above it.
     invert : bool
-        True for images in which protein is dark.
+        True for images in which protein is dark. A .cs says so itself, in blob/sign: True there
+        turns what it says.
+    box_size : int, optional
+        Even box that images are cropped to in Fourier space as they are read, px; pixel size and
+        CTF follow. By default images are read as they are; an odd box becomes the next smaller even
+        one in the same way.
+    datadir : path, optional
+        Folder that image names are relative to, or that holds the files themselves.
+    passthrough : path or list of paths, optional
+        Of a .cs: files with the fields that its job did not write, joined by uid.
+    optics_group : str or int, optional
+        Group (of a .cs: ctf/exp_group_id) whose pixel size and box are kept where several differ,
+        and that the others are rescaled to as they are read. With `box_size` the first particle's
+        is kept by default.
+    pixel_size : float, optional
+        Å, of the images in their files: decides where table and headers differ.
+    voltage_kv, spherical_aberration_mm, amplitude_contrast : float, optional
+        In place of what the table says or lacks.
 
     Returns
     -------
@@ -483,8 +606,16 @@ def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleSta
     Raises
     ------
     FileNotFoundError, ValueError
-        For missing files or columns, rows without an image, truncated or odd stacks, several pixel
-        sizes.
+        For missing files or columns, rows without an image, truncated stacks, boxes or pixel sizes
+        that differ between table and stacks or among the particles, CTF values that cannot be,
+        subtomograms.
+
+    Notes
+    -----
+    A .cs of several classes (alignments3D_multi, alignments_class_0 and so on) gives each particle
+    its pose in the class that is most probable for it. An image that is named twice is read twice,
+    with a warning. Of aberrations, the magnification matrix and symmetric ones of a .star are part
+    of the CTF; beam tilt and other odd ones are named in a warning and not corrected.
 
     Examples
     --------
@@ -492,19 +623,95 @@ def load_particles(path: str | os.PathLike, invert: bool = False) -> ParticleSta
     >>> ParticleStack(torch.ones(4, 16, 16), rotations, pixel_size=2.0).save("results/doc/a.star")
     >>> load_particles("results/doc/a.star")
     ParticleStack(4 particles of 16 px × 2 Å, no CTF, a.mrcs)
+    >>> load_particles("results/doc/a.star", box_size=8)
+    ParticleStack(4 particles of 8 px × 4 Å, no CTF, a.mrcs)
     """
-    table = relion.read_table(path)
-    pixel_size = table.pixel_size()
-    rotations, shifts = table.poses(pixel_size)
+    known = Known(datadir, pixel_size, voltage_kv, spherical_aberration_mm, amplitude_contrast)
+    joined = _as_paths(passthrough)
+    table: ParticleTable | CryosparcTable
+    if Path(path).suffix == ".cs":
+        table = cryosparc.read_cs(path, joined)
+    elif joined:
+        raise ValueError(
+            f"expected a .cs file for passthrough=, got {path}; try it without passthrough="
+        )
+    else:
+        table = relion.read_table(path)
+    images, sizes = open_images(table, known, invert)
+    rotations, shifts = table.poses(sizes)
+    factors = torch.from_numpy(scaled_shifts(table, known, images, sizes)).float()
+    images, size = choose_grid(table, images, sizes, box_size, optics_group)
     particles = ParticleStack(
-        table.images(sign=-1.0 if invert else 1.0),
+        images,
         rotations,
-        shifts,
-        pixel_size=pixel_size,
-        ctf=table.ctf(),
-        ids=table.particles["rlnImageName"].tolist(),
+        shifts * factors,
+        pixel_size=size,
+        ctf=table.ctf(known),
+        ids=table.ids,
     )
-    return replace(particles, _origin=_Origin(os.path.abspath(path), table, particles))
+    source = {
+        "cs" if isinstance(table, CryosparcTable) else "star": os.path.abspath(path),
+        "invert": invert,
+        "box_size": box_size,
+        "datadir": None if datadir is None else os.path.abspath(datadir),
+        "passthrough": [os.path.abspath(one) for one in joined] or None,
+        "optics_group": optics_group,
+        "pixel_size": pixel_size,
+        "voltage_kv": voltage_kv,
+        "spherical_aberration_mm": spherical_aberration_mm,
+        "amplitude_contrast": amplitude_contrast,
+    }
+    source = {name: value for name, value in source.items() if value is not None}
+    return replace(particles, _origin=_Origin(source, table, known, particles))
+
+
+def open_source(source: Mapping[str, Any], path: str | os.PathLike | None = None) -> ParticleStack:
+    """The particles that a `ParticleStack.source` tells of.
+
+    Parameters
+    ----------
+    source : dict
+        As of `ParticleStack.source`.
+    path : path, optional
+        Of the file, where it is no longer at the path in `source`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As of `load_particles`.
+
+    Examples
+    --------
+    >>> particles = ParticleStack(torch.ones(4, 16, 16), torch.eye(3).expand(4, 3, 3),
+    ...                           pixel_size=2.0)
+    >>> particles.save("results/doc/four.star")
+    >>> source = load_particles("results/doc/four.star", box_size=8).source
+    >>> open_source(source)
+    ParticleStack(4 particles of 8 px × 4 Å, no CTF, four.mrcs)
+    """
+    arguments = {name: value for name, value in source.items() if name not in ("star", "cs")}
+    return load_particles(source_path(source) if path is None else path, **arguments)
+
+
+def source_path(source: Mapping[str, Any]) -> str:
+    """Path of the .star or .cs file in a `ParticleStack.source`.
+
+    Examples
+    --------
+    >>> source_path({"cs": "/data/a.cs", "invert": False})
+    '/data/a.cs'
+    """
+    return source["star"] if "star" in source else source["cs"]
+
+
+def _as_paths(
+    passthrough: str | os.PathLike | Sequence[str | os.PathLike] | None,
+) -> list[str | os.PathLike]:
+    if passthrough is None:
+        return []
+    if isinstance(passthrough, (str, os.PathLike)):
+        return [passthrough]
+    return list(passthrough)
 
 
 def _as_images(images: Images | Tensor | np.ndarray) -> Images:
@@ -569,12 +776,21 @@ def plain_ids(ids: Sequence[str | int] | np.ndarray | Tensor) -> np.ndarray:
 
 def _same_metadata(particles: ParticleStack, others: ParticleStack) -> bool:
     """Whether poses, pixel size and CTFs are the same numbers."""
-    if particles.pixel_size != others.pixel_size or (particles.ctf is None) != (others.ctf is None):
-        return False
-    pairs = [(particles.rotations, others.rotations), (particles.shifts, others.shifts)]
-    if particles.ctf is not None and others.ctf is not None:
-        pairs += zip(particles.ctf.values(), others.ctf.values(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
+    same_size = particles.pixel_size == others.pixel_size
+    return same_size and _same_poses(particles, others) and _same_ctf(particles, others)
+
+
+def _same_poses(particles: ParticleStack, others: ParticleStack) -> bool:
+    return torch.equal(particles.rotations, others.rotations) and torch.equal(
+        particles.shifts, others.shifts
+    )
+
+
+def _same_ctf(particles: ParticleStack, others: ParticleStack) -> bool:
+    if particles.ctf is None or others.ctf is None:
+        return particles.ctf is others.ctf
+    mine, theirs = list(particles.ctf.values()), list(others.ctf.values())
+    return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
 
 def _check_rotations(rotations: Tensor) -> None:

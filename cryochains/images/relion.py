@@ -6,7 +6,6 @@ to this package go back to RELION unchanged. Columns as in RELION 3.1
 (``relion_refine --print_metadata_labels``).
 """
 
-import linecache
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,16 @@ from torch import Tensor
 
 from .._files import atomic_path
 from .ctf import CTF
-from .stacks import Images, StackFile, write_stack
+from .opening import (
+    ImageNames,
+    Known,
+    find_stack,
+    make_ctf,
+    unless_neutral,
+    warn_of_ignored,
+)
+from .stacks import Images, StackFile, stack_beside
+from .star import parse_numbers, read_star
 
 _EULER_COLUMNS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 # Column → field of the CTF, and what one unit of RELION is here.
@@ -33,6 +41,8 @@ _CTF_COLUMNS = {
     "rlnSphericalAberration": ("spherical_aberration_mm", 1.0),
     "rlnAmplitudeContrast": ("amplitude_contrast", 1.0),
 }
+# More of the CTF: column → field of the CTF, and the value that changes nothing.
+_MORE_CTF_COLUMNS = {"rlnCtfBfactor": ("b_factor", 0.0), "rlnCtfScalefactor": ("scale", 1.0)}
 # Columns of an optics group, with values for images without CTF: RELION refuses a file without
 # voltage and spherical aberration, even where no CTF is used.
 _OPTICS_DEFAULTS = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
@@ -43,8 +53,17 @@ _REPLACED_COLUMNS = (
     "rlnPixelSize",
     "rlnDetectorPixelSize",
     "rlnMagnification",
+    "rlnImagePixelSize",
+    "rlnImageSize",
+    *_MORE_CTF_COLUMNS,
     *_CTF_COLUMNS,
 )
+# RELION's magnification matrix, row by row.
+_MAGNIFICATION_COLUMNS = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+# Columns that tables of subtomograms have and those of particles do not.
+_SUBTOMOGRAM_COLUMNS = ("rlnTomoParticleName", "rlnTomoVisibleFrames", "rlnTomoParticleId")
+# Numbers of images have leading zeros, and no more digits than this.
+_MAX_DIGITS = 12
 # Where one of these is not 0, the images were changed and no longer show the CTF of the table.
 _ALTERED_COLUMNS = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 # At a smaller sine of tilt, rot and psi turn about the same axis to the precision of float32.
@@ -129,6 +148,9 @@ class ParticleTable:
     blocks: dict
     name: str
 
+    def __len__(self) -> int:
+        return len(self.particles)
+
     @property
     def particles(self) -> pd.DataFrame:
         return self.blocks[self.name]
@@ -138,19 +160,27 @@ class ParticleTable:
 
         None when neither has the column.
         """
+        cells, codes = self._cells(column)
+        if cells is None or codes is None:
+            return cells
+        return cells.iloc[codes].reset_index(drop=True)
+
+    def _cells(self, column: str) -> tuple[pd.Series | None, np.ndarray | None]:
+        """Cells of `column`, and which of them each particle has where they belong to groups."""
         if column in self.particles:
-            return self.particles[column]
+            return self.particles[column], None
         if not self._has_by_group(column):
-            return None
+            return None, None
         optics = self.blocks["optics"]
-        groups = self.particles["rlnOpticsGroup"]
-        unknown = sorted(set(groups.astype(str)) - set(optics["rlnOpticsGroup"]))
+        codes, groups = pd.factorize(self.particles["rlnOpticsGroup"])
+        cells = optics.set_index("rlnOpticsGroup")[column]
+        unknown = sorted(set(groups) - set(cells.index))
         if unknown:
             raise ValueError(
                 f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such "
                 "row; try the .star file that RELION wrote"
             )
-        return groups.map(optics.set_index("rlnOpticsGroup")[column])
+        return cells.loc[list(groups)], codes
 
     def numbers(self, column: str, default: float | None = None) -> np.ndarray:
         """(n,) float64 values of `column` of every particle.
@@ -160,15 +190,17 @@ class ParticleTable:
         ValueError
             When a cell is not a number, or the column is missing and there is no `default`.
         """
-        text = self.text(column)
-        if text is None:
+        cells, codes = self._cells(column)
+        if cells is None:
             if default is None:
                 raise self._missing([column])
-            return np.full(len(self.particles), default)
-        values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
+            return np.full(len(self), default)
+        # Of a group's value, which may be a million particles', one is read.
+        values = parse_numbers(cells)
+        values = values if codes is None else values[codes]
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
-            cell = text.iloc[bad[0]]
+            cell = cells.iloc[bad[0] if codes is None else codes[bad[0]]]
             raise ValueError(
                 f"expected numbers in {column} of {self.path}, got {cell!r} in row "
                 f"{bad[0] + 1}; try leaving that particle out"
@@ -195,46 +227,82 @@ class ParticleTable:
             f"{', '.join(self.particles)}; try the star file of a 3-D refinement"
         )
 
-    def pixel_size(self) -> float:
-        """Å a pixel, which all particles have to share."""
-        sizes = self._pixel_sizes()
-        if not (sizes.min() > 0 and np.allclose(sizes, sizes[0], rtol=1e-4)):
-            raise ValueError(
-                f"expected one pixel size for all particles of {self.path}, got {sizes.min():g} to "
-                f"{sizes.max():g} Å; try rescaling them to one, or a star file for each"
-            )
-        return float(sizes[0])
+    @property
+    def pixel_column(self) -> str:
+        return "rlnImagePixelSize"
 
-    def _pixel_sizes(self) -> np.ndarray:
+    @property
+    def sign(self) -> float:
+        """RELION's images are protein-bright, whatever the table says."""
+        return 1.0
+
+    @property
+    def ids(self) -> list[str]:
+        return self.particles["rlnImageName"].tolist()
+
+    def pixel_sizes(self) -> np.ndarray | None:
+        """(n,) Å, or None where the table does not say."""
         # The first is of RELION 3.1 and later, the others are of RELION 3.0 and before.
         for column in ("rlnImagePixelSize", "rlnPixelSize"):
             if self.has(column):
                 return self.numbers(column)
         if self.has("rlnDetectorPixelSize") and self.has("rlnMagnification"):
             micrometres = self.numbers("rlnDetectorPixelSize")
-            return 1e4 * micrometres / self.numbers("rlnMagnification")
-        raise self._missing(["rlnImagePixelSize"])
+            magnification = self.numbers("rlnMagnification")
+            self._require_nonzero("rlnMagnification", magnification)
+            return 1e4 * micrometres / magnification
+        return None
 
-    def poses(self, pixel_size: float) -> tuple[Tensor, Tensor]:
-        """(n, 3, 3) rotations and (n, 2) shifts in Å, both float32."""
+    def _require_nonzero(self, column: str, values: np.ndarray) -> None:
+        bad = np.flatnonzero(values == 0)
+        if len(bad):
+            raise ValueError(
+                f"expected {column} above 0 in {self.path}, got 0 in row {bad[0] + 1}; "
+                "try pixel_size="
+            )
+
+    def box_sizes(self) -> np.ndarray | None:
+        """(n,) px of the images, as the optics group has it; None where it has not."""
+        if not self.has("rlnImageSize"):
+            return None
+        sizes = self.numbers("rlnImageSize")
+        self._require_nonzero("rlnImageSize", sizes)
+        return sizes
+
+    def groups(self) -> np.ndarray | None:
+        """(n,) text: the optics group of each particle."""
+        if "rlnOpticsGroup" not in self.particles:
+            return None
+        return self.particles["rlnOpticsGroup"].to_numpy(dtype=object)
+
+    def columns(self, rows: np.ndarray) -> pd.DataFrame:
+        """The numbers of the table, of these rows."""
+        table = self.particles
+        # Columns of names are left out by their first row alone: there may be a million rows.
+        numeric = pd.to_numeric(table.iloc[0], errors="coerce").notna()
+        chosen = table.loc[:, numeric].iloc[rows].apply(pd.to_numeric, errors="coerce")
+        return chosen.dropna(axis=1).reset_index(drop=True)
+
+    def poses(self, pixel_sizes: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(n, 3, 3) rotations and (n, 2) shifts in Å, both float32; `pixel_sizes` (n,) in Å."""
         self.require(_EULER_COLUMNS)
         angles = np.stack([self.numbers(column) for column in _EULER_COLUMNS], axis=1)
-        origins = [self._origin(axis, pixel_size) for axis in "XY"]
+        origins = [self._origin(axis, pixel_sizes) for axis in "XY"]
         # RELION moves an image by its origin to centre the particle, which is displaced by minus
         # that.
         shifts = -np.stack(origins, axis=1)
         rotations = euler_to_rotation(torch.from_numpy(angles))
         return rotations.float(), torch.from_numpy(shifts).float()
 
-    def _origin(self, axis: str, pixel_size: float) -> np.ndarray:
+    def _origin(self, axis: str, pixel_sizes: np.ndarray) -> np.ndarray:
         """(n,) RELION's origin along X or Y, in Å; 0 where the table has none."""
         in_angstrom = f"rlnOrigin{axis}Angst"
         if self.has(in_angstrom):
             return self.numbers(in_angstrom)
         # RELION 3.0 and before.
-        return self.numbers(f"rlnOrigin{axis}", default=0.0) * pixel_size
+        return self.numbers(f"rlnOrigin{axis}", default=0.0) * pixel_sizes
 
-    def ctf(self) -> CTF | None:
+    def ctf(self, known: Known) -> CTF | None:
         """The CTF of every particle, or None when the table has no defocus."""
         if not self.has("rlnDefocusU"):
             return None
@@ -244,84 +312,143 @@ class ParticleTable:
                     f"expected images as the microscope gave them, got {column} in {self.path}; "
                     "try extracting the particles without it"
                 )
-        self.require(column for column in _CTF_COLUMNS if column != "rlnPhaseShift")
-        fields = {}
+        given = {column: known.ctf_value(field) for column, (field, _) in _CTF_COLUMNS.items()}
+        needed = [column for column, value in given.items() if value is None]
+        self.require(column for column in needed if column != "rlnPhaseShift")
+        values: dict[str, np.ndarray] = {}
         for column, (field, unit) in _CTF_COLUMNS.items():
-            fields[field] = torch.from_numpy(self.numbers(column, default=0.0) * unit)
-        return CTF(**fields)
+            value = given[column]
+            if value is None:
+                values[field] = self.numbers(column, default=0.0) * unit
+            else:
+                values[field] = np.full(len(self), value)
+        more = self._more_of_the_ctf()
+        warn_of_ignored(self.path, self._ignored("magnification" in more))
+        return make_ctf(self, values | more)
 
-    def images(self, sign: float = 1.0) -> Images:
-        """The images of the particles, checked by the headers of their stacks alone."""
-        parts = self.particles["rlnImageName"].str.extract(r"^(?:(\d+)@)?(.*)$")
-        slice_index = parts[0].fillna("1").to_numpy().astype(np.int64) - 1
-        stack_index, names = pd.factorize(parts[1])
-        stacks = self._open_stacks(list(names))
-        lengths = np.array([stack.n_images for stack in stacks])[stack_index]
-        # Fewer rows than images is a selection, which RELION writes all the time; more rows is a
-        # mistake.
-        bad = np.flatnonzero((slice_index < 0) | (slice_index >= lengths))
-        if len(bad):
-            row = bad[0]
-            stack = stacks[stack_index[row]]
-            raise ValueError(
-                f"expected {self.path} to name the {stack.n_images} images of {stack.path}, got "
-                f"row {row + 1} with image {slice_index[row] + 1}; try the star file of that stack"
-            )
-        return Images(stacks, stack_index, slice_index, sign)
+    def _more_of_the_ctf(self) -> dict[str, np.ndarray]:
+        """What few tables have, by the names of the CTF's fields; without what changes nothing."""
+        more: dict[str, np.ndarray | None] = {}
+        for column, (field, neutral) in _MORE_CTF_COLUMNS.items():
+            if self.has(column):
+                more[field] = unless_neutral(self.numbers(column), neutral)
+        if all(self.has(column) for column in _MAGNIFICATION_COLUMNS):
+            cells = [self.numbers(column) for column in _MAGNIFICATION_COLUMNS]
+            matrices = np.stack(cells, axis=1).reshape(-1, 2, 2)
+            more["magnification"] = unless_neutral(matrices, np.eye(2))
+        if self.has("rlnEvenZernike"):
+            more["even_zernikes"] = unless_neutral(self._lists("rlnEvenZernike"), 0.0)
+        return {field: values for field, values in more.items() if values is not None}
 
-    def _open_stacks(self, names: list[str]) -> tuple[StackFile, ...]:
-        paths = [_find_stack(name, self.path) for name in names]
-        missing = [name for name, path in zip(names, paths, strict=True) if path is None]
-        if missing:
-            listed = ", ".join(missing[:3])
-            if len(missing) > 3:
-                listed += f" and {len(missing) - 3} more"
-            raise FileNotFoundError(
-                f"expected the images of {self.path} in its folder or one above, got no {listed}; "
-                "try moving the star file into its project"
-            )
-        stacks = tuple(
-            StackFile.open(path, name)
-            for path, name in zip(paths, names, strict=True)
-            if path is not None
-        )
-        box_sizes = sorted({stack.box_size for stack in stacks})
-        if len(box_sizes) > 1:
-            raise ValueError(
-                f"expected one box size in the stacks of {self.path}, got {box_sizes} px; "
-                "try rescaling"
-            )
-        return stacks
+    def _lists(self, column: str) -> np.ndarray:
+        """(n, m) numbers of a column whose cells are lists, such as [0.1,-2]; short ones end in 0.
 
-    def select(self, rows: np.ndarray, names: list[str], fresh: dict | None = None) -> dict:
-        """Blocks to write: these rows in this order, under new names of their images.
-
-        The columns of `fresh`, blocks as of `new_blocks`, replace those of the file.
+        Few lists are different: they belong to optics groups.
         """
+        text = self.text(column)
+        codes, cells = pd.factorize(text)
+        lists = [
+            parse_numbers(pd.Series(str(cell).strip("[]").split(","), dtype=str)) for cell in cells
+        ]
+        bad = [cell for cell, numbers in zip(cells, lists, strict=True) if np.isnan(numbers).any()]
+        if bad or (codes < 0).any():
+            raise ValueError(
+                f"expected lists of numbers in {column} of {self.path}, got "
+                f"{bad[0] if bad else 'nothing'!r}; try the file that RELION wrote"
+            )
+        table = np.zeros((len(lists), max(map(len, lists))))
+        for row, numbers in enumerate(lists):
+            table[row, : len(numbers)] = numbers
+        return table[codes]
+
+    def _ignored(self, is_magnified: bool) -> list[str]:
+        """What the table says of the microscope and is not used."""
+        ignored = [
+            column
+            for column in ("rlnBeamTiltX", "rlnBeamTiltY")
+            if self.has(column) and self.numbers(column).any()
+        ]
+        if self.has("rlnOddZernike") and self._lists("rlnOddZernike").any():
+            ignored.append("rlnOddZernike")
+        if is_magnified:
+            # The CTF has it; the projected molecule is not stretched.
+            ignored.append("a magnification matrix, which only the CTF takes account of")
+        return ignored
+
+    def names(self) -> ImageNames:
+        """Which image of which file each particle is."""
+        numbers = np.empty(len(self), dtype=np.int64)
+        files = []
+        for row, name in enumerate(self.ids):
+            number, at, file = name.partition("@")
+            # Without a number, the file has one image.
+            number, file = (number, file) if at and number.isdecimal() else ("1", name)
+            if not file or len(number) > _MAX_DIGITS:
+                raise ValueError(
+                    f"expected names of images such as 000001@a.mrcs in {self.path}, got {name!r} "
+                    f"in row {row + 1}; try the file that RELION wrote"
+                )
+            numbers[row] = int(number)
+            files.append(file)
+        file_index, unique = pd.factorize(np.array(files, dtype=object))
+        return ImageNames(list(unique), file_index, numbers - 1)
+
+    def select(self, rows: np.ndarray, names: list[str]) -> dict:
+        """Blocks to write: these rows in this order, under new names of their images."""
+        return {**self.blocks, self.name: self._renamed(rows, names)}
+
+    def _renamed(self, rows: np.ndarray, names: list[str]) -> pd.DataFrame:
         particles = self.particles.iloc[rows].reset_index(drop=True)
         renamed = particles["rlnImageName"].tolist() != names
         if renamed and "rlnImageOriginalName" not in particles:
             particles["rlnImageOriginalName"] = particles["rlnImageName"]
         particles["rlnImageName"] = names
-        if fresh is None:
-            return {**self.blocks, self.name: particles}
+        return particles
+
+    def select_with_poses(
+        self,
+        rows: np.ndarray,
+        names: list[str],
+        poses: tuple[Tensor, Tensor] | None,
+        geometry: tuple[int, float] | None,
+    ) -> dict:
+        """Blocks as of `select` of a table with optics groups, all of whose columns are kept.
+
+        Parameters
+        ----------
+        rows : (k,) array
+        names : list of str
+        poses : tuple, optional
+            (k, 3, 3) rotations and (k, 2) shifts in Å that replace those of the file.
+        geometry : tuple, optional
+            Box in px and pixel size in Å that replace those of all optics groups.
+        """
+        particles = self._renamed(rows, names)
+        optics = self.blocks["optics"].copy()
+        if poses is not None:
+            particles = particles.drop(columns=["rlnOriginX", "rlnOriginY"], errors="ignore")
+            particles = particles.assign(**_pose_columns(*poses))
+        if geometry is not None:
+            cells = {"rlnImagePixelSize": f"{geometry[1]:.9g}", "rlnImageSize": str(geometry[0])}
+            particles = particles.drop(columns=list(cells), errors="ignore")
+            optics = optics.assign(**cells)
+        return {**self.blocks, "optics": optics, self.name: particles}
+
+    def select_with(self, rows: np.ndarray, names: list[str], fresh: dict) -> dict:
+        """Blocks as of `select`, with the columns of `fresh` in place of those of the file.
+
+        `fresh` are blocks as of `new_blocks`.
+        """
         others = {
             name: block for name, block in self.blocks.items() if name not in ("optics", self.name)
         }
-        kept = particles.drop(columns=list(_REPLACED_COLUMNS), errors="ignore")
+        kept = self._renamed(rows, names).drop(columns=list(_REPLACED_COLUMNS), errors="ignore")
         return {**others, **fresh, "particles": kept.assign(**fresh["particles"])}
 
-
-def _find_stack(name: str, star: Path) -> Path | None:
-    """The file called `name` in the folder of `star` or in one above it.
-
-    RELION's names are relative to the folder of the project, in which the .star files lie deeper.
-    """
-    folder = Path(os.path.abspath(star)).parent
-    for base in (folder, *folder.parents):
-        if (base / name).is_file():
-            return base / name
-    return None
+    @property
+    def has_optics(self) -> bool:
+        """Whether every particle has an optics group: RELION 3.1 and later."""
+        return "optics" in self.blocks and "rlnOpticsGroup" in self.particles
 
 
 def read_table(path: str | os.PathLike) -> ParticleTable:
@@ -337,34 +464,42 @@ def read_table(path: str | os.PathLike) -> ParticleTable:
         raise FileNotFoundError(
             f"expected a RELION .star file, got {path}, which is not there; try another path"
         )
-    try:
-        blocks = starfile.read(path, always_dict=True, parse_as_string=_column_names(path))
-    except Exception as error:  # whatever the parts of the reader raise
-        # starfile reads through this cache, and would see the broken file again once mended.
-        linecache.clearcache()
-        reason = str(error).strip()
-        raise ValueError(
-            f"expected a RELION .star file, got {path} ({reason}); try exporting it again"
-        ) from error
+    blocks = read_star(path)
     if isinstance(blocks.get("optics"), dict):
         blocks["optics"] = pd.DataFrame([blocks["optics"]])
+    _check_optics(path, blocks.get("optics"))
     for name, block in blocks.items():
         if isinstance(block, pd.DataFrame) and "rlnImageName" in block and len(block):
-            return ParticleTable(path, blocks, name)
+            table = ParticleTable(path, blocks, name)
+            _refuse_subtomograms(table)
+            return table
     raise ValueError(
         f"expected a table of particles with rlnImageName, got none in {path}; try a particles.star"
     )
 
 
-def _column_names(path: Path) -> list[str]:
-    """The columns of all blocks of a .star file, without the underscore they begin with."""
-    names: dict[str, None] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            stripped = line.lstrip()
-            if stripped.startswith("_"):
-                names[stripped.split(maxsplit=1)[0][1:]] = None
-    return list(names)
+def _check_optics(path: Path, optics: pd.DataFrame | None) -> None:
+    if optics is None or "rlnOpticsGroup" not in optics:
+        return
+    twice = optics["rlnOpticsGroup"][optics["rlnOpticsGroup"].duplicated()]
+    if len(twice):
+        raise ValueError(
+            f"expected each optics group once in data_optics of {path}, got {twice.iloc[0]} again; "
+            "try the .star file that RELION wrote"
+        )
+
+
+def _refuse_subtomograms(table: ParticleTable) -> None:
+    """Raise ValueError for tables of subtomograms, as volumes or as stacks of tilt images."""
+    seen = [column for column in _SUBTOMOGRAM_COLUMNS if table.has(column)]
+    if table.has("rlnImageDimensionality"):
+        dimensions = table.numbers("rlnImageDimensionality")
+        seen += ["rlnImageDimensionality 3"] if (dimensions == 3).any() else []
+    if seen:
+        raise ValueError(
+            f"expected images of single particles, got a table of subtomograms ({seen[0]}) in "
+            f"{table.path}; try the particles of a single-particle project"
+        )
 
 
 def new_blocks(
@@ -378,37 +513,70 @@ def new_blocks(
 ) -> dict[str, pd.DataFrame]:
     """Blocks of a RELION 3.1 file for particles that came from no file."""
     particles: dict[str, list[str]] = {"rlnImageName": names}
-    angles = rotation_to_euler(rotations)
-    for number, column in enumerate(_EULER_COLUMNS):
-        particles[column] = _six_decimals(angles[:, number])
-    for number, axis in enumerate("XY"):
-        # Adding 0 turns −0 into 0.
-        particles[f"rlnOrigin{axis}Angst"] = _six_decimals(-shifts[:, number] + 0.0)
+    particles |= _pose_columns(rotations, shifts)
     optics = np.tile(list(_OPTICS_DEFAULTS.values()), (len(names), 1))
+    aberrations: dict[str, np.ndarray] = {}
     if ctf is not None:
         values = {
             column: np.asarray(getattr(ctf, field)) / unit
             for column, (field, unit) in _CTF_COLUMNS.items()
         }
         optics = np.stack([values.pop(column) for column in _OPTICS_DEFAULTS], axis=1)
+        for column, (field, _) in _MORE_CTF_COLUMNS.items():
+            if getattr(ctf, field) is not None:
+                values[column] = np.asarray(getattr(ctf, field))
         particles |= {column: _six_decimals(cells) for column, cells in values.items()}
-    groups, particles["rlnOpticsGroup"] = _optics_groups(optics)
+        aberrations = _aberration_columns(ctf)
+    groups, particles["rlnOpticsGroup"] = _optics_groups(optics, aberrations)
     groups["rlnImagePixelSize"] = f"{pixel_size:.9g}"
     groups["rlnImageSize"] = str(box_size)
     groups["rlnImageDimensionality"] = "2"
     return {"optics": groups, "particles": pd.DataFrame(particles)}
 
 
-def _optics_groups(optics: np.ndarray) -> tuple[pd.DataFrame, list[str]]:
+def _pose_columns(rotations: Tensor, shifts: Tensor) -> dict[str, list[str]]:
+    """RELION's angles in degrees and origins in Å."""
+    columns: dict[str, list[str]] = {}
+    angles = rotation_to_euler(rotations)
+    for number, column in enumerate(_EULER_COLUMNS):
+        columns[column] = _six_decimals(angles[:, number])
+    for number, axis in enumerate("XY"):
+        # Adding 0 turns −0 into 0.
+        columns[f"rlnOrigin{axis}Angst"] = _six_decimals(-shifts[:, number] + 0.0)
+    return columns
+
+
+def _aberration_columns(ctf: CTF) -> dict[str, np.ndarray]:
+    """(n, m) numbers that go into the optics groups: the magnification and even Zernikes."""
+    columns: dict[str, np.ndarray] = {}
+    if ctf.magnification is not None:
+        cells = np.asarray(ctf.magnification).reshape(len(ctf), 4)
+        for number, column in enumerate(_MAGNIFICATION_COLUMNS):
+            columns[column] = cells[:, number : number + 1]
+    if ctf.even_zernikes is not None:
+        columns["rlnEvenZernike"] = np.asarray(ctf.even_zernikes)
+    return columns
+
+
+def _optics_groups(
+    optics: np.ndarray, aberrations: dict[str, np.ndarray]
+) -> tuple[pd.DataFrame, list[str]]:
     """One optics group for each distinct row of `optics`, and the group of each of its n rows."""
-    rows, group_index = np.unique(optics, axis=0, return_inverse=True)
-    numbers = [str(number) for number in range(1, len(rows) + 1)]
-    table = {
+    everything = np.concatenate([optics, *aberrations.values()], axis=1)
+    _, first, group_index = np.unique(everything, axis=0, return_index=True, return_inverse=True)
+    numbers = [str(number) for number in range(1, len(first) + 1)]
+    table: dict[str, list[str]] = {
         "rlnOpticsGroup": numbers,
         "rlnOpticsGroupName": [f"opticsGroup{number}" for number in numbers],
     }
-    for column, values in zip(_OPTICS_DEFAULTS, rows.T, strict=True):
+    for column, values in zip(_OPTICS_DEFAULTS, optics[first].T, strict=True):
         table[column] = [f"{value:g}" for value in values]
+    for column, cells in aberrations.items():
+        if cells.shape[1] == 1:
+            table[column] = [f"{value:.9g}" for value in cells[first, 0]]
+        else:
+            lists = [",".join(f"{value:.9g}" for value in row) for row in cells[first]]
+            table[column] = [f"[{text}]" for text in lists]
     return pd.DataFrame(table), [numbers[index] for index in group_index.ravel()]
 
 
@@ -495,9 +663,9 @@ def write_table_and_stack(
     pixel_size: float,
 ) -> None:
     """Write the .mrcs beside `star` and then `star`, both whole or neither."""
-    # On success the inner one is moved to its name first: a new table is never beside old images.
-    with atomic_path(star) as star_part, atomic_path(star.with_suffix(".mrcs")) as stack_part:
-        write_stack(stack_part, chunks, n_images=n_images, box_size=box_size, pixel_size=pixel_size)
+    with stack_beside(
+        star, chunks, n_images=n_images, box_size=box_size, pixel_size=pixel_size
+    ) as star_part:
         starfile.write(blocks, star_part, na_rep="nan")
 
 
@@ -528,7 +696,7 @@ def present_names(star: Path, images: Images) -> list[str]:
                 "expected images in files to write a .star alone, got images in memory; "
                 "try images=True"
             )
-        nearby = _find_stack(stack.name, star)
+        nearby = find_stack(stack.name, star)
         same = nearby is not None and nearby.samefile(stack.path)
         names.append(stack.name if same else os.path.abspath(stack.path))
     pairs = zip(images.stack_index, images.slice_index, strict=True)

@@ -1,21 +1,33 @@
 """Stacks of particle images, in memory or in .mrcs files; only the images asked for are read."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import mrcfile
 import numpy as np
 import torch
-from mrcfile.mrcfile import MrcFile
-from mrcfile.mrcmemmap import MrcMemmap
-from mrcfile.utils import data_dtype_from_header, data_shape_from_header
 from torch import Tensor
+
+from .._files import atomic_path
+from .resampling import Grid, resample
 
 # Stacks kept open at a time; a RELION project may have tens of thousands.
 _MAX_OPEN_STACKS = 16
+# Neighbouring images are read in pieces of at most about this many bytes.
+_READ_BYTES = 1 << 18
+_HEADER_BYTES = 1024
+# How compressed files begin.
+_GZIP = b"\x1f\x8b"
+# Larger numbers are no header of particle images.
+_MAX_BOX = 32_768
+_MAX_EXTENDED_HEADER = 1 << 28
+# Modes of MRC2014, and numpy's names of their types.
+_MODES = {0: "i1", 1: "i2", 2: "f4", 4: "c8", 6: "u2", 12: "f2"}
 
 Rows: TypeAlias = int | slice | Sequence[int] | np.ndarray | Tensor
 
@@ -33,6 +45,10 @@ class StackFile:
     n_images, box_size : int
     stamp : tuple of int
         Size in bytes and time of the last change when the file was opened.
+    pixel_size : float or None
+        Å, as the header says; None where it says nothing.
+    start : int
+    dtype : str
 
     Examples
     --------
@@ -48,61 +64,142 @@ class StackFile:
     n_images: int
     box_size: int
     stamp: tuple[int, int]
+    pixel_size: float | None = None
+    # Byte at which the pixels begin, and numpy's name of their type.
+    start: int = 1024
+    dtype: str = "<f4"
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> "StackFile":
         """Check the header of `path` and the length of the file, without reading an image.
 
+        The word "MAP " and the machine stamp may be missing, as in stacks of many programs; the
+        length of the file then has to be exactly what the header announces.
+
         Raises
         ------
         ValueError
-            When the file is not MRC, is truncated, or its images are not square with an even box.
+            When the file is not MRC, is truncated, or its images are not square.
         """
-        shape, dtype, start = _read_header(path)
-        if len(shape) == 4 or dtype.kind == "c":
+        path = Path(path)
+        header = _read_header(path)
+        if header.is_volume or header.dtype.kind == "c":
             raise ValueError(
                 f"expected a stack of real images, got volumes or transforms in {path}; "
                 "try its images"
             )
-        n_images, height, width = (1, *shape) if len(shape) == 2 else shape
-        if height != width or width < 2 or width % 2:
+        n_images, height, width = header.shape
+        if height != width or width < 2:
             raise ValueError(
                 f"expected square images with an even box, got {height} × {width} px in {path}; "
                 "try extracting the particles with another box"
             )
         stamp = _file_stamp(path)
-        expected_bytes = start + n_images * height * width * dtype.itemsize
-        if n_images < 0 or stamp[0] < expected_bytes:
+        expected_bytes = header.start + n_images * height * width * header.dtype.itemsize
+        if stamp[0] < expected_bytes:
             raise ValueError(
                 f"expected {expected_bytes} bytes for {n_images} images of {width} px, got "
                 f"{stamp[0]} in {path}, which is truncated; try copying it again"
             )
-        return cls(path, str(path) if name is None else name, n_images, width, stamp)
+        if not header.is_marked and stamp[0] != expected_bytes:
+            raise _not_mrc(path, "no word MAP, and another length than its header announces")
+        return cls(
+            path,
+            str(path) if name is None else name,
+            n_images,
+            width,
+            stamp,
+            header.pixel_size,
+            header.start,
+            header.dtype.str,
+        )
 
     def read(self, slices: np.ndarray) -> np.ndarray:
         """(k, box, box) images with these (k,) numbers, the first of the stack being 0."""
         if not self.path.is_file() or _file_stamp(self.path) != self.stamp:
-            raise ValueError(
-                f"expected {self.path} as it was when loaded, got it changed or gone; "
-                "try loading again"
-            )
+            raise self._changed()
+        dtype = np.dtype(self.dtype)
+        images = np.empty((len(slices), self.box_size, self.box_size), dtype=dtype)
+        image_bytes = self.box_size**2 * dtype.itemsize
         # The stamp is part of the key, so that a file written anew is opened anew.
-        mapped = _open_mapped(self.path, self.stamp).data
-        return mapped.reshape(-1, self.box_size, self.box_size)[slices]
+        file = _open_file(self.path, self.stamp)
+        # In the order of the file, and neighbours in one piece: a memory map of the whole file
+        # would read pages around each of scattered images.
+        order = np.argsort(slices, kind="stable")
+        ordered = np.asarray(slices)[order]
+        breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+        step = max(1, _READ_BYTES // image_bytes)
+        for run in np.split(order, breaks) if len(order) else []:
+            for start in range(0, len(run), step):
+                part = run[start : start + step]
+                offset = self.start + int(slices[part[0]]) * image_bytes
+                data = file.read(len(part) * image_bytes, offset)
+                if len(data) != len(part) * image_bytes:
+                    raise self._changed()
+                images[part] = np.frombuffer(data, dtype).reshape(-1, *images.shape[1:])
+        return images
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"expected {self.path} as it was when loaded, got it changed or gone; try loading again"
+        )
 
 
-def _read_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape and type of the data of an MRC file, and the byte at which they start."""
+@dataclass(frozen=True)
+class _Header:
+    """What the first 1024 bytes of an MRC file say."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    start: int
+    pixel_size: float | None
+    is_volume: bool
+    is_marked: bool
+
+
+def _read_header(path: Path) -> _Header:
     try:
-        with MrcFile(path, mode="r", permissive=False, header_only=True) as mrc:
-            shape = data_shape_from_header(mrc.header)
-            dtype = data_dtype_from_header(mrc.header)
-            start = mrc.header.nbytes + int(mrc.header.nsymbt)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"expected an MRC stack, got {path} ({error}); try exporting it again"
-        ) from error
-    return shape, dtype, start
+        with open(path, "rb") as file:
+            data = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise _not_mrc(path, error.strerror or str(error)) from error
+    if data[:2] == _GZIP:
+        raise _not_mrc(path, "it is compressed, and has to be unpacked with gunzip first")
+    if len(data) < _HEADER_BYTES:
+        raise _not_mrc(path, f"{len(data)} bytes, fewer than a header has")
+    # A stamp that says nothing: the order of bytes in which the numbers make sense.
+    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+    for order in {b"\x44": orders[:1], b"\x11": orders[1:]}.get(data[212:213], orders):
+        header = _parse_header(data, order)
+        if header is not None:
+            return header
+    raise _not_mrc(path, "its header has no sizes or no mode that images have")
+
+
+def _parse_header(data: bytes, order: Literal["<", ">"]) -> _Header | None:
+    """The header in this order of bytes; None where its numbers are not those of an MRC file."""
+    columns, rows, sections, mode = (int(n) for n in np.frombuffer(data, f"{order}i4", 4))
+    intervals = int(np.frombuffer(data, f"{order}i4", 1, 28)[0])
+    width_angstrom = float(np.frombuffer(data, f"{order}f4", 1, 40)[0])
+    space_group, extended = (int(n) for n in np.frombuffer(data, f"{order}i4", 2, 88))
+    is_size = 0 < min(columns, rows) and max(columns, rows) <= _MAX_BOX and sections > 0
+    if not is_size or mode not in _MODES or not 0 <= extended <= _MAX_EXTENDED_HEADER:
+        return None
+    pixel_size = None
+    if intervals > 0 and np.isfinite(width_angstrom) and width_angstrom > 0:
+        pixel_size = width_angstrom / intervals
+    return _Header(
+        (sections, rows, columns),
+        np.dtype(_MODES[mode]).newbyteorder(order),
+        _HEADER_BYTES + extended,
+        pixel_size,
+        401 <= space_group <= 630,
+        data[208:212] == b"MAP ",
+    )
+
+
+def _not_mrc(path: Path, reason: str) -> ValueError:
+    return ValueError(f"expected an MRC stack, got {path} ({reason}); try exporting it again")
 
 
 def _file_stamp(path: Path) -> tuple[int, int]:
@@ -110,9 +207,32 @@ def _file_stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class _OpenFile:
+    """A file that is read at given bytes, and closed when nobody holds it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)
+
+    def read(self, n_bytes: int, offset: int) -> bytes:
+        """`n_bytes` from byte `offset` on, or fewer at the end of the file."""
+        parts = []
+        while n_bytes > 0:
+            part = os.pread(self._file.fileno(), n_bytes, offset)
+            if not part:
+                break
+            parts.append(part)
+            n_bytes -= len(part)
+            offset += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
 @lru_cache(maxsize=_MAX_OPEN_STACKS)
-def _open_mapped(path: Path, stamp: tuple[int, int]) -> MrcMemmap:
-    return mrcfile.mmap(path, mode="r", permissive=False)
+def _open_file(path: Path, stamp: tuple[int, int]) -> _OpenFile:
+    return _OpenFile(path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +248,11 @@ class Images:
         Image i is number ``slice_index[i]`` of stack ``stack_index[i]``.
     sign : float
         Factor on every pixel: −1 for images in which protein is dark.
+    pixel_sizes : (n,) array, optional
+        Å of each image in its file; only with `grid`.
+    grid : Grid, optional
+        Box and pixel size that the images are brought to as they are read, see `resample`. None:
+        they are read as they are.
 
     Examples
     --------
@@ -140,6 +265,8 @@ class Images:
     stack_index: np.ndarray
     slice_index: np.ndarray
     sign: float = 1.0
+    pixel_sizes: np.ndarray | None = None
+    grid: Grid | None = None
 
     @classmethod
     def in_memory(cls, images: Tensor) -> "Images":
@@ -151,10 +278,30 @@ class Images:
         return len(self.slice_index)
 
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> "Images":
-        return Images(self.stacks, self.stack_index[rows], self.slice_index[rows], self.sign)
+        return replace(
+            self,
+            stack_index=self.stack_index[rows],
+            slice_index=self.slice_index[rows],
+            pixel_sizes=None if self.pixel_sizes is None else self.pixel_sizes[rows],
+        )
+
+    def on_grid(self, grid: Grid, pixel_sizes: np.ndarray) -> "Images":
+        """These images, brought to one box and pixel size as they are read."""
+        return replace(self, grid=grid, pixel_sizes=pixel_sizes)
+
+    @property
+    def box_sizes(self) -> np.ndarray:
+        """(n,) px of each image in its file."""
+        sizes = [
+            stack.box_size if isinstance(stack, StackFile) else stack.shape[-1]
+            for stack in self.stacks
+        ]
+        return np.array(sizes, dtype=np.int64)[self.stack_index]
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        if self.grid is not None:
+            return len(self), self.grid.box_size, self.grid.box_size
         stack = self.stacks[0]
         if isinstance(stack, StackFile):
             return len(self), stack.box_size, stack.box_size
@@ -170,6 +317,7 @@ class Images:
         return (
             self.stacks is other.stacks
             and self.sign == other.sign
+            and self.grid == other.grid
             and np.array_equal(self.stack_index, other.stack_index)
             and np.array_equal(self.slice_index, other.slice_index)
         )
@@ -187,12 +335,7 @@ class Images:
         ValueError
             For an image with NaN or Inf, or a file that changed since it was opened.
         """
-        images = np.empty(self.shape, dtype=np.float32)
-        for number in np.unique(self.stack_index):
-            rows = np.flatnonzero(self.stack_index == number)
-            stack = self.stacks[number]
-            slices = self.slice_index[rows]
-            images[rows] = stack.read(slices) if isinstance(stack, StackFile) else stack[slices]
+        images = self._read_pixels()
         # A sum needs no memory for a mask, and is not finite when any pixel is not.
         with np.errstate(invalid="ignore"):
             bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2), dtype=np.float64)))
@@ -202,6 +345,37 @@ class Images:
                 "try leaving it out"
             )
         return torch.from_numpy(images if self.sign == 1 else images * np.float32(self.sign))
+
+    def _read_pixels(self) -> np.ndarray:
+        """(n, box, box) float32 images as they are in their stacks, on the grid."""
+        numbers = np.unique(self.stack_index)
+        if len(numbers) == 1:
+            return self._read_stack(int(numbers[0]), np.arange(len(self)))
+        images = np.empty(self.shape, dtype=np.float32)
+        for number in numbers:
+            rows = np.flatnonzero(self.stack_index == number)
+            images[rows] = self._read_stack(int(number), rows)
+        return images
+
+    def _read_stack(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """(k, box, box) float32 images of the k `rows`, which all are in this stack."""
+        stack = self.stacks[number]
+        slices = self.slice_index[rows]
+        pixels = stack.read(slices) if isinstance(stack, StackFile) else stack[slices].numpy()
+        if self.grid is not None:
+            return self._on_grid(pixels, rows)
+        return pixels.astype(np.float32, copy=False)
+
+    def _on_grid(self, pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(k, box, box) images of one stack, the k `rows`, on the grid."""
+        if self.grid is None or self.pixel_sizes is None:
+            return pixels
+        result = np.empty((len(rows), *self.shape[1:]), dtype=np.float32)
+        sizes = self.pixel_sizes[rows]
+        for size in np.unique(sizes):
+            same = sizes == size
+            result[same] = resample(pixels[same], float(size), self.grid)
+        return result
 
     def _describe(self, row: int) -> str:
         stack = self.stacks[self.stack_index[row]]
@@ -236,6 +410,20 @@ def positions(rows: Rows, n: int) -> np.ndarray:
             f"expected positions within {n} particles, got {np.asarray(index)} ({error}); "
             f"try numbers from 0 to {n - 1}, or a mask of {n}"
         ) from error
+
+
+@contextmanager
+def stack_beside(
+    table: Path, chunks: Iterable[Tensor], *, n_images: int, box_size: int, pixel_size: float
+) -> Iterator[Path]:
+    """Write the .mrcs beside `table`; what is written at the path it gives becomes `table`.
+
+    Both whole or neither.
+    """
+    # On success the inner one is moved to its name first: a new table is never beside old images.
+    with atomic_path(table) as part, atomic_path(table.with_suffix(".mrcs")) as stack_part:
+        write_stack(stack_part, chunks, n_images=n_images, box_size=box_size, pixel_size=pixel_size)
+        yield part
 
 
 def write_stack(

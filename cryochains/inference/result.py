@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._devices import choose_device
 from .._files import load_tensors, pack_text, save_tensors, unpack_text
-from ..images import ParticleStack, load_particles, plain_ids, positions
+from ..images import ParticleStack, open_source, plain_ids, positions, source_path
 from ..model import (
     Model,
     Population,
@@ -379,9 +379,9 @@ class Result:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all, that opens without anything else.
 
-        It holds the structure, its bodies and modes, but no images: it remembers the .star file
-        that they came from, see `load_result`. In another frame, it holds the given latents and
-        poses, and the name of the frame.
+        It holds the structure, its bodies and modes, but no images: it remembers the .star or
+        .cs file that they came from, see `load_result`. In another frame, it holds the given
+        latents and poses, and the name of the frame.
         """
         self.in_frame(POSES)._write(path, self.frame)
 
@@ -408,8 +408,9 @@ class Result:
         if self.particles is not None and self.particles.source is not None:
             tensors["rows"] = torch.from_numpy(np.asarray(self.particles.rows))
             meta["images"] = _image_digest(self.particles)
-            star = os.path.relpath(self.particles.source["star"], Path(path).resolve().parent)
-            meta["source"] = {**self.particles.source, "relative": star}
+            source = self.particles.source
+            relative = os.path.relpath(source_path(source), Path(path).resolve().parent)
+            meta["source"] = {**source, "relative": relative}
         save_tensors(path, tensors, meta)
 
     def __repr__(self) -> str:
@@ -438,8 +439,8 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     particles : ParticleStack, optional
         The particles of the result, in any order, possibly among others: they are found by id, and
         have the given poses, whatever the frame of the result. By default they are opened from the
-        .star file they came from, where it still is: first beside the result's file as it was, then
-        at its absolute path.
+        .star or .cs file they came from, where it still is: first beside the result's file as it
+        was, then at its absolute path.
 
     Returns
     -------
@@ -504,11 +505,12 @@ def _reopen(source: dict, rows: np.ndarray, digests: tuple, folder: Path) -> Par
     """The particles of a saved result, or None, with a warning, where they are no longer there."""
     metadata, images = digests
     reason = "it is not there"
-    for star in (folder / source["relative"], Path(source["star"])):
-        if not star.is_file():
+    arguments = {name: value for name, value in source.items() if name != "relative"}
+    for table in (folder / source["relative"], Path(source_path(source))):
+        if not table.is_file():
             continue
         try:
-            stack = load_particles(star, invert=source["invert"])[rows]
+            stack = open_source(arguments, table)[rows]
         except (ValueError, IndexError, FileNotFoundError) as error:
             reason = str(error)
             continue
@@ -519,8 +521,8 @@ def _reopen(source: dict, rows: np.ndarray, digests: tuple, folder: Path) -> Par
         else:
             return stack
     warnings.warn(
-        f"the result opens without its particles: {source['star']} was read when it was made, and "
-        f"now {reason}; try load_result(path, particles=…)",
+        f"the result opens without its particles: {source_path(source)} was read when it was made, "
+        f"and now {reason}; try load_result(path, particles=…)",
         stacklevel=3,
     )
     return None

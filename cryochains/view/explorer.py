@@ -55,6 +55,8 @@ _N_MOVIE_FRAMES = 40
 _N_LOOP_FRAMES = 60
 # Milliseconds a frame of the loop.
 _PLAY_SPEEDS = {"slow": 200, "normal": 66, "fast": 33}
+# Columns of particle files, RELION's and cryoSPARC's: too many to show of a particle.
+_FILE_COLUMNS = ("rln", "alignments", "blob/", "ctf/", "location/", "pick_stats/", "filament/")
 _NOTHING_SELECTED = "Nothing is selected: click a point, or draw around some."
 
 
@@ -245,7 +247,7 @@ class Explorer(ipywidgets.VBox):
             error = np.sqrt(np.mean(errors**2))
             lines.append(f"error bar {error:.2f} Å (RMS over the atoms)")
         for column in self.columns:
-            if not column.startswith("rln"):
+            if not column.startswith(_FILE_COLUMNS):
                 lines.append(f"{column} {self.columns[column].iloc[row]:.4g}")
         if not self.landscape.shows_molecule[row]:
             lines.append("flagged as junk: it more likely shows something else than the molecule")

@@ -18,8 +18,8 @@ from cryochains.analysis import (
     point_density,
     save_selection,
 )
-from cryochains.images import load_particles
-from cryochains.inference import Result, posterior_covariance, refine
+from cryochains.images import cryosparc, load_particles
+from cryochains.inference import Result, load_result, posterior_covariance, refine
 from cryochains.model import Model, frame_jacobian, simulate_particles
 
 
@@ -214,6 +214,39 @@ def test_columns_of_the_caller(model):
         particle_columns(result, pd.DataFrame({"s": list("abc")}))
     with pytest.raises(ValueError, match="expected 3 rows of columns, one a row of latents, got 2"):
         particle_columns(result, others[:2])
+
+
+def test_selection_of_cryosparc_goes_back_to_both(tmp_path, closed):
+    """A .cs with its fields as they were, and a .star; the columns of the .cs are there too."""
+    particles = simulate(closed, 6)
+    fields = [("uid", "u8"), ("alignments3D/error", "f4")]
+    array = np.array([(k, 2.0 + k) for k in range(6)], dtype=fields)
+    array = cryosparc.blob_fields(array, "all.mrcs", 32, particles.pixel_size)
+    poses = particles.rotations, particles.shifts
+    array = cryosparc.pose_fields(array, *poses, np.ones(6, dtype=bool), particles.pixel_size)
+    array = cryosparc.ctf_fields(array, particles.ctf)
+    particles.save(tmp_path / "all.star")
+    cryosparc.write_array(tmp_path / "all.cs", array)
+    opened = load_particles(tmp_path / "all.cs")
+    torch.testing.assert_close(opened.rotations, particles.rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(opened.shifts, particles.shifts, atol=1e-4, rtol=0)
+    model = Model(closed, opened, modes=3)
+    latents = torch.randn(6, model.n_latents, generator=torch.Generator().manual_seed(0))
+    result = Result(model, latents, particles=opened)
+    assert particle_columns(result)["alignments3D/error"].tolist() == [2, 3, 4, 5, 6, 7]
+    path = save_selection(tmp_path / "out", compute_pca(result), [4, 1])
+    written = cryosparc.read_cs(path.with_suffix(".cs")).array
+    assert written.tobytes() == cryosparc.read_cs(tmp_path / "all.cs").array[[4, 1]].tobytes()
+    chosen = load_particles(path.with_suffix(".star"))
+    assert torch.equal(chosen.read_images(), opened.read_images([4, 1]))
+    torch.testing.assert_close(chosen.rotations, opened.rotations[[4, 1]], atol=1e-5, rtol=0)
+    # And a result of them finds the .cs again, binned as it was.
+    binned = load_particles(tmp_path / "all.cs", box_size=16)[[5, 0]]
+    binned_result = Result(Model(closed, binned, modes=3), latents[[5, 0]], particles=binned)
+    binned_result.save(tmp_path / "r.safetensors")
+    again = load_result(tmp_path / "r.safetensors").particles
+    assert torch.equal(again.read_images(), binned.read_images())
+    assert again.source == binned.source
 
 
 def test_selection_names_its_particles(tmp_path, closed):

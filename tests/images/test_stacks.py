@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from cryochains.images import ParticleStack
+from cryochains.images.resampling import Grid
 from cryochains.images.stacks import Images, StackFile, positions, write_stack
 
 
@@ -134,13 +136,22 @@ def test_not_mrc(tmp_path):
     for wrong in (tmp_path / "a.txt", tmp_path / "a.gz", tmp_path / "absent.mrcs"):
         with pytest.raises(ValueError, match="expected an MRC stack, got .*; try"):
             StackFile.open(wrong)
+    with pytest.raises(ValueError, match="got .*a.gz .it is compressed, and has to be unpacked"):
+        StackFile.open(tmp_path / "a.gz")
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 10), (3, 7, 7)])
-def test_not_square_or_odd(tmp_path, shape):
+@pytest.mark.parametrize("shape", [(3, 8, 10), (3, 7, 9)])
+def test_not_square(tmp_path, shape):
     path = write(tmp_path / "a.mrcs", np.zeros(shape, dtype=np.float32))
     with pytest.raises(ValueError, match=f"even box, got {shape[1]} × {shape[2]} px in .*; try"):
         StackFile.open(path)
+
+
+def test_odd_boxes_are_no_particles_until_they_are_resampled(tmp_path):
+    images = lazy(write(tmp_path / "a.mrcs", np.zeros((3, 7, 7), dtype=np.float32)))
+    with pytest.raises(ValueError, match="even box, got 7 × 7 px"):
+        ParticleStack(images, torch.eye(3).expand(3, 3, 3), pixel_size=1.0)
+    assert images.on_grid(Grid(6, 7 / 6), np.ones(3)).read().shape == (3, 6, 6)
 
 
 def test_transforms_are_no_images(tmp_path):
@@ -198,3 +209,20 @@ def test_a_file_that_changed_is_not_read_as_the_old_one(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="changed or gone"):
         stack[:2].read()
+
+
+def test_scattered_rows_in_any_order_are_those_of_the_file(tmp_path):
+    """Neighbours are read in one piece, whatever is asked for twice or backwards."""
+    images = np.random.default_rng(0).normal(size=(300, 16, 16)).astype(np.float32)
+    stack = lazy(write(tmp_path / "a.mrcs", images))
+    rng = np.random.default_rng(1)
+    for rows in (rng.integers(0, 300, 500), np.arange(300)[::-1], np.arange(300), [7], []):
+        rows = np.asarray(rows, dtype=np.int64)
+        np.testing.assert_array_equal(stack[rows].read(), images[rows])
+
+
+def test_images_larger_than_a_piece_are_read(tmp_path):
+    images = np.random.default_rng(0).normal(size=(2, 320, 320)).astype(np.float32)
+    np.testing.assert_array_equal(
+        lazy(write(tmp_path / "a.mrcs", images))[[1, 0]].read(), images[[1, 0]]
+    )
