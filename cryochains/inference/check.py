@@ -46,7 +46,7 @@ _CERTAIN_GAIN = 10.0
 # A refinement looks at so many images, and of a large molecule at this share of what a check looks
 # at; it judges by no fewer than the last.
 _FEW_IMAGES = 128
-_FEW_SHARE = 0.25
+_FEW_SHARE = 0.15
 _LEAST_IMAGES = 24
 # Deviation of the pixel size, as a share of it. What a change of shape or other scattering makes of
 # it was 0.3 % or less.
