@@ -60,7 +60,7 @@ _SCALE_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Views:
+class _Views:
     """Images as spectra, and how each was taken.
 
     Attributes
@@ -82,8 +82,8 @@ class Views:
     def __len__(self) -> int:
         return len(self.spectra)
 
-    def __getitem__(self, rows: slice) -> "Views":
-        return Views(
+    def __getitem__(self, rows: slice) -> "_Views":
+        return _Views(
             self.spectra[rows], self.rotations[rows], self.shifts[rows], self.transfer[rows]
         )
 
@@ -91,7 +91,7 @@ class Views:
         """Slices of so many images."""
         return [slice(start, start + size) for start in range(0, len(self), size)]
 
-    def spread(self, n: int) -> "Views":
+    def spread(self, n: int) -> "_Views":
         """Up to `n` of them, evenly chosen."""
         return self[:: -(-len(self) // n)]
 
@@ -109,14 +109,14 @@ class Comparison:
         Of the frequencies that are compared.
     noise : (R,) float64 tensor
         Variance of a pixel on each ring, of images whose pixels have variance 1.
-    views : Views
+    views : _Views
     """
 
     microscope: Microscope
     points: Tensor
     box_size: int
     noise: Tensor
-    views: Views
+    views: _Views
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +223,7 @@ def compare_with(model: Model, particles: ParticleStack, rows: np.ndarray) -> Co
     box = _compared_box(model)
     points = model.bead_dynamics.reference - model.microscope.origin_tensor
     blank = torch.zeros(box // 2 + 1, dtype=torch.float64, device=model.device)
-    nothing = Views(*(torch.zeros(0, device=model.device) for _ in range(4)))
+    nothing = _Views(*(torch.zeros(0, device=model.device) for _ in range(4)))
     plain = Comparison(model.microscope, points, box, blank, nothing)
     spectra, transfers, powers = [], [], []
     for block in np.array_split(rows, -(-len(rows) // _DRAWN_IMAGES)):
@@ -236,7 +236,7 @@ def compare_with(model: Model, particles: ParticleStack, rows: np.ndarray) -> Co
     # The mean of an image is on the innermost ring and counts nowhere.
     noise[0] = 0.0
     index = torch.from_numpy(rows)
-    views = Views(
+    views = _Views(
         torch.cat(spectra),
         particles.rotations[index].to(model.device),
         particles.shifts[index].to(model.device),
@@ -462,7 +462,7 @@ def _laid_over(
 
 def _refine_rigid(
     comparison: Comparison,
-    views: Views,
+    views: _Views,
     points: Tensor,
     rotation: np.ndarray,
     shift: np.ndarray,
@@ -496,7 +496,7 @@ def _moved(points: Tensor, rotation: np.ndarray, shift: np.ndarray) -> Tensor:
     return points @ matrix.T + torch.from_numpy(shift).to(points)
 
 
-def _overlaps(comparison: Comparison, views: Views, points: Tensor) -> tuple[Tensor, Tensor]:
+def _overlaps(comparison: Comparison, views: _Views, points: Tensor) -> tuple[Tensor, Tensor]:
     """(n, R) ⟨y, f⟩ and ⟨f, f⟩ of points elsewhere."""
 
     def sums(block: slice) -> tuple[Tensor, Tensor]:
@@ -511,7 +511,7 @@ def _overlaps(comparison: Comparison, views: Views, points: Tensor) -> tuple[Ten
 
 def _fit(
     comparison: Comparison,
-    views: Views,
+    views: _Views,
     points: Tensor,
     pose: tuple[np.ndarray, np.ndarray],
 ) -> Tensor:
@@ -521,14 +521,14 @@ def _fit(
 
 
 def _mean_fit(
-    comparison: Comparison, views: Views, points: Tensor, pose: tuple[np.ndarray, np.ndarray]
+    comparison: Comparison, views: _Views, points: Tensor, pose: tuple[np.ndarray, np.ndarray]
 ) -> float:
     return float(_fit(comparison, views, points, pose).mean())
 
 
 def _rigid_equations(
     comparison: Comparison,
-    view: Views,
+    view: _Views,
     points: Tensor,
     brightness: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -627,7 +627,7 @@ def _free_latents(dynamics: Dynamics) -> Tensor:
 def _scale_pass(
     model: Model,
     comparison: Comparison,
-    views: Views,
+    views: _Views,
     state: _ScaleState,
     free: Tensor,
     variance: Tensor,
@@ -678,7 +678,7 @@ def _scale_pass(
 def _drawn_states(
     model: Model,
     comparison: Comparison,
-    view: Views,
+    view: _Views,
     state: _ScaleState,
     block: slice,
     weights: Tensor | None,
@@ -697,7 +697,7 @@ def _drawn_states(
 def _scale_equations(
     model: Model,
     comparison: Comparison,
-    view: Views,
+    view: _Views,
     state: _ScaleState,
     block: slice,
     brightness: Tensor,
