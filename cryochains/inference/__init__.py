@@ -7,6 +7,8 @@
 - `result`: `Result`, the latents with error bars and all that gives them a meaning, in one file.
 - `posterior`: a particle's posterior, from its linearised image and the prior.
 - `reference`: what is wrong with the reference: the density and the shape that images ask for.
+- `docking`: where images show the reference, and how large; how images are compared.
+- `check`: `check`, whether particles and reference belong together, before a refinement.
 - `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
 - `verdict`: what speaks against a refinement, without a truth.
 - `scores`: scores against a known truth, and the information limit.
@@ -14,6 +16,7 @@
 - `training`: `train_encoder`, by the images' mean squared error alone.
 """
 
+from .check import Check, CheckItem, check
 from .encoder import Encoder, EncoderNetwork, encode, load_encoder
 from .frames import PoseCorrection, frame_words
 from .identity import require_count, require_finite_latents, require_same_ids
@@ -35,6 +38,8 @@ from .training import train_encoder
 from .verdict import Finding, Verdict
 
 __all__ = [
+    "Check",
+    "CheckItem",
     "Encoder",
     "EncoderNetwork",
     "Finding",
@@ -43,6 +48,7 @@ __all__ = [
     "Result",
     "Scores",
     "Verdict",
+    "check",
     "correct_reference",
     "correlation",
     "encode",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,11 +108,9 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
     full = frequency_band(microscope)
     for batch in particles.batches(batch_size, device=device, require_finite=False):
         images = batch.images
-        spread = images.double().std(dim=(-2, -1))
         rows = batch.rows.cpu()
-        finite[rows] = spread.isfinite().cpu()
-        constant = spread <= _CONSTANT * images.double().mean(dim=(-2, -1)).abs()
-        good = spread.isfinite() & (spread < _MAX_SPREAD) & ~constant
+        whole, good = _usable(images)
+        finite[rows] = whole.cpu()
         usable[rows] = good.cpu()
         if not good.any():
             continue
@@ -149,6 +148,20 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
     return FirstLook(usable, finite, scale, error, spectrum, noise_level)
 
 
+def _usable(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(b,) bool: which images are finite, and which also neither constant nor huge."""
+    spread = images.double().std(dim=(-2, -1))
+    constant = spread <= _CONSTANT * images.double().mean(dim=(-2, -1)).abs()
+    finite = spread.isfinite()
+    return finite, finite & (spread < _MAX_SPREAD) & ~constant
+
+
+def usable_rows(particles: ParticleStack, batch_size: int = 64) -> np.ndarray:
+    """(n,) bool: which images are finite and neither constant nor huge."""
+    batches = particles.batches(batch_size, require_finite=False)
+    return torch.cat([_usable(batch.images)[1] for batch in batches]).numpy()
+
+
 def measure_contrast(model: Model, particles: ParticleStack, n: int = 500) -> float:
     """Brightness of the images over the reference's projections: the median of up to `n`.
 
@@ -160,6 +173,11 @@ def measure_contrast(model: Model, particles: ParticleStack, n: int = 500) -> fl
     look = look_first(model, particles[:: -(-len(particles) // n)])
     _require_usable(look)
     require_visible(look, learns=False)
+    return middle_brightness(look)
+
+
+def middle_brightness(look: FirstLook) -> float:
+    """Brightness of the middle of the usable images over the reference's projections."""
     return _middle_scale(look.scale[look.usable], look.error[look.usable])
 
 

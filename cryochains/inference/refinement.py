@@ -50,6 +50,7 @@ from ..model import (
 )
 from ..molecule import Beads
 from . import image_model
+from .check import require_sound
 from .identity import require_latents, require_same_ids
 from .image_model import MODEL_ERROR, FirstLook
 from .likelihood import (
@@ -103,6 +104,7 @@ def refine(
     blurs: Sequence[float] = _BLURS,
     n_population: int = 4000,
     batch_size: int = 64,
+    check: bool = True,
     seed: int = 0,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
@@ -126,6 +128,9 @@ def refine(
         The population is learned from at most this many particles, which keeps memory from growing.
     batch_size : int
         Images read at a time.
+    check : bool
+        Where a population is learned, refuse particles that are certainly misread: of the other
+        hand, sign or axes, of other rows or CTFs. See `cryochains.check`.
     seed : int
         Chooses the particles that the population is learned from.
     checkpoint : path, optional
@@ -144,7 +149,8 @@ def refine(
     ------
     ValueError
         When the particles do not fit the model, the population, start or checkpoint is of another
-        model, or the images are the negative of the reference or show nothing of it.
+        model, the images are the negative of the reference or show nothing of it, or they
+        certainly show it read otherwise than the table is given.
 
     Warns
     -----
@@ -180,6 +186,8 @@ def refine(
         look = image_model.look_first(model, particles[rows], batch_size)
         image_model.require_visible(look, population is None)
         usable = look.usable.numpy()
+        if check and population is None and first is None:
+            require_sound(model, particles, rows[usable])
         left_out.append(rows[~usable])
         broken.append(rows[~look.finite.numpy()])
         state = None

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..analysis import CHAIN_COLORS, PrincipalMotions
-from ..inference import Encoder, Result, Verdict
+from ..inference import Check, Encoder, Result, Verdict
 from ..model import Model
 from ..molecule import Modes, Structure, find_chain
 from .drawing import (
@@ -26,6 +26,7 @@ from .drawing import (
 )
 
 __all__ = [
+    "plot_check",
     "plot_conformations",
     "plot_explorer",
     "plot_latent_space",
@@ -52,6 +53,10 @@ _SMALL = 8
 # Inches a line of a verdict.
 _LINE_HEIGHT = 0.17
 _JUNK_COLOR = "0.6"
+# Grades of a verdict that the statuses of a check are drawn as.
+_STATUS_GRADES = {"green": "good", "yellow": "doubtful", "red": "not to be trusted"}
+# Characters in a line of a check's problem.
+_PROBLEM_WIDTH = 130
 # Panels of a refinement side by side.
 _REFINEMENT_COLUMNS = 4
 # Panels side by side, of which there is one a chain.
@@ -594,3 +599,48 @@ def _component_names(motions: PrincipalMotions) -> list[str]:
 
 def _root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
+
+
+def plot_check(check: Check) -> Figure:
+    """What a check looked at: significances, how well images match, and directions of view.
+
+    Left, how many standard errors better (right of the line) or worse the best other reading of the
+    table fits; in the middle the match of every image with the reference's projection, 1 for the
+    middle one; right the directions that particles are seen from, in the frame of the reference.
+
+    Parameters
+    ----------
+    check : Check
+        Of ``cryochains.check``.
+    """
+    figure, axes = new_figure(1, 3, 13, 4.2)
+    _draw_significances(axes[0, 0], check)
+    match = check.match[np.isfinite(check.match)]
+    axes[0, 1].hist(match, bins=30, color=CHAIN_COLORS[0])
+    axes[0, 1].axvline(0, color="0.6", lw=1)
+    axes[0, 1].set(xlabel="match with the reference (0 noise, 1 the middle)", ylabel="images")
+    x, y, z = check.directions.T
+    axes[0, 2].plot(np.degrees(np.arctan2(y, x)), z, ".", color=CHAIN_COLORS[0], markersize=3)
+    axes[0, 2].set(
+        xlim=(-180, 180),
+        ylim=(-1, 1),
+        xticks=[-180, -90, 0, 90, 180],
+        xlabel="longitude of the view (°)",
+        ylabel="height of the view (equal areas)",
+    )
+    color = GRADE_COLORS[_STATUS_GRADES[check.status]]
+    lines = wrap(check.problem, _PROBLEM_WIDTH) or ["nothing has to be mended first"]
+    title = f"Check of {check.n_images:,} images: {check.status}"
+    figure.suptitle("\n".join([title, *lines]), color=color, fontsize="medium")
+    return figure
+
+
+def _draw_significances(axis: Axes, check: Check) -> None:
+    """A bar an item whose significance is known; the scale is that of a cube root."""
+    items = [item for item in check.items if np.isfinite(item.significance)][::-1]
+    values = np.array([item.significance for item in items])
+    colors = [GRADE_COLORS[_STATUS_GRADES[item.status]] for item in items]
+    axis.barh([item.name for item in items], values, color=colors)
+    axis.set_xscale("symlog", linthresh=5)
+    axis.axvline(0, color="k", lw=0.8)
+    axis.set_xlabel("standard errors")

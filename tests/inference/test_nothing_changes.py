@@ -299,6 +299,9 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "position_variance": lambda g, f: inference.position_variance(
         g.bead_dynamics, g.latents[:1], g.particles.rotations[:1], g.covariance[None]
     ),
+    "check": lambda g, f: [
+        inference.check(g.model, particles, n=8) for particles in (g.particles, g.in_memory)
+    ],
     "posterior_covariance": lambda g, f: [
         inference.posterior_covariance(g.result, [0, 3]),
         inference.posterior_covariance(g.framed, [0, 3]),
@@ -374,6 +377,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "view_modes": lambda g, f: with_widgets(cryochains.view.view_modes, g.closed, g.modes),
     "view_structure": lambda g, f: with_widgets(cryochains.view.view_structure, g.closed),
     "plot_particles": lambda g, f: drawn(plots.plot_particles(g.result, 2)),
+    "plot_check": lambda g, f: drawn(plots.plot_check(inference.check(g.model, g.particles))),
     "plot_training": lambda g, f: drawn(plots.plot_training(g.encoder)),
     "plot_refinement": lambda g, f: drawn(plots.plot_refinement(g.result)),
     "plot_latent_space": lambda g, f: drawn(

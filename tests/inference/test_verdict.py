@@ -37,7 +37,7 @@ def simulate(closed, opened, seed, mirrored=False, n=N):
 
 
 def refined(closed, particles) -> Result:
-    return refine(Model(closed, particles, modes=2), particles, progress=False)
+    return refine(Model(closed, particles, modes=2), particles, check=False, progress=False)
 
 
 def with_rotations(particles, rotations):

@@ -634,7 +634,7 @@ def test_a_nonsense_run_has_no_description(notebook, closed, opened):
         progress=False,
     )
     rolled = replace(particles, rotations=particles.rotations.roll(1, 0), truth=None)
-    result = refine(Model(closed, rolled, modes=2), rolled, progress=False)
+    result = refine(Model(closed, rolled, modes=2), rolled, check=False, progress=False)
     shown = explore(result)
     assert "This refinement is not to be trusted: " in shown.warning.value
     shown.select(shown.landscape.drawn[:1])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from cryochains.analysis import compute_pca, motion_sentence
 from cryochains.images import ParticleStack
-from cryochains.inference import Result, score, train_encoder
+from cryochains.inference import CheckItem, Result, check, score, train_encoder
 from cryochains.model import Dynamics, Model, Population, simulate_particles
 from cryochains.molecule import compute_modes, load_structure
 from cryochains.view import drawing, plots
@@ -79,6 +79,15 @@ def shown_images(figure) -> list[np.ndarray]:
     """Images, reconstructions and residuals of three particles."""
     rows = (figure.axes[3 * row : 3 * row + 3] for row in range(3))
     return [np.stack([axis.images[0].get_array() for axis in row]) for row in rows]
+
+
+def test_check(model, particles):
+    sound = check(model, particles)
+    text = draw(plots.plot_check(sound), panels=3)
+    assert all(word in text for word in ("30 images", "standard errors", "match", "longitude"))
+    item = CheckItem("hand", "red", 3.0, 12.0, "the images show the mirror image")
+    wrong = replace(sound, items=(item, *sound.items[2:]))
+    assert "the images show the mirror image" in draw(plots.plot_check(wrong))
 
 
 def test_residual_is_what_is_left(result, particles):
