@@ -103,6 +103,9 @@ def _add_atom(
         slope = bell * away
         half = math.sqrt(max(0.0, extent * extent - away * away))
         start, end = _window(xy[0], half, grid)
+        # Rounding may find one pixel more than `across` holds.
+        start = max(start, left)
+        end = max(start, min(end, right))
         row = sums[i, start * k : end * k]
         by_x = across[start * k : end * k]
         by_y = along[start * k : end * k]

@@ -84,9 +84,10 @@ _MAX_SCALE_STEP = 0.5
 # Of a ring's pixels, left by the blur: on rings with fewer the noise is not measured.
 _MIN_RING_SHARE = 0.01
 # Standard deviations (as a MAD tells) beyond the median distance from the population's mean at
-# which a particle is thought to be stuck, and the blurs (Å) of its second start.
+# which a particle is thought to be stuck, and the blurs (Å) of its second start, before the run's
+# last one.
 _STUCK_DEVIATIONS = 6.0
-_RESTART_BLURS = (4.0, 0.0, 0.0)
+_RESTART_BLURS = (4.0,)
 # Where images ask for other beads they are learned so many times, and particles then refined anew
 # from at most these blurs (Å) on.
 _DENSITY_BLURS = (4.0, 0.0)
@@ -1151,13 +1152,15 @@ def _restart_stuck(run: _Run, state: _State, population: Population, given_start
     usable = run.look.usable.nonzero().squeeze(1)
     kept = torch.zeros_like(run.look.usable)
     kept[usable[rows]] = True
+    last = run.blurs[-1]
     again = replace(
         run,
         particles=run.particles[rows],
         look=replace(run.look, usable=kept),
         start=None,
         population=population,
-        blurs=_RESTART_BLURS,
+        # Only evidence of images with the same blur can be compared.
+        blurs=(*(blur for blur in _RESTART_BLURS if blur > last), last, last),
         checkpoint=None,
     )
     other = _run_passes(again, progress=False)
