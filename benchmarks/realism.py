@@ -221,7 +221,8 @@ def contrast_transfer(ctf: CTF, row: int, box_size: int, pixel_size: float) -> n
     ½(Δu − Δv) cos 2(φ − φ₀): positive at low frequency, for bright protein. A is the amplitude
     contrast, λ the relativistic wavelength.
     """
-    values = {f.name: float(getattr(ctf, f.name)[row]) for f in dataclasses.fields(ctf)}
+    parts = {field.name: getattr(ctf, field.name) for field in dataclasses.fields(ctf)}
+    values = {name: float(part[row]) for name, part in parts.items() if part is not None}
     volts = 1e3 * values["voltage_kv"]
     wavelength = 12.2642598 / math.sqrt(volts + 0.9784764e-6 * volts**2)
     aberration = 1e7 * values["spherical_aberration_mm"]
