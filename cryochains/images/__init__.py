@@ -5,6 +5,7 @@
 - `stacks`: images in memory or in .mrcs files, of which only those asked for are read.
 - `relion`: RELION's tables (.star), converted to this library's conventions and back.
 - `particles`: `ParticleStack`, the images with what is known of each.
+- `reconstruction`: a density map from images and poses alone, half maps and their correlation.
 """
 
 from .ctf import CTF
@@ -18,13 +19,28 @@ from .projection import (
     project_tangents,
     random_rotations,
 )
+from .reconstruction import (
+    Map,
+    compute_fsc,
+    draw_volume,
+    reconstruct,
+    resolution_of,
+    scale_shells,
+    soft_sphere,
+    sum_shells,
+    transform_volume,
+    untransform_volume,
+)
 from .relion import write_particles
 from .stacks import positions
 
 __all__ = [
     "CTF",
     "Batch",
+    "Map",
     "ParticleStack",
+    "compute_fsc",
+    "draw_volume",
     "filter_images",
     "gaussian_transfer",
     "load_particles",
@@ -35,5 +51,12 @@ __all__ = [
     "project",
     "project_tangents",
     "random_rotations",
+    "reconstruct",
+    "resolution_of",
+    "scale_shells",
+    "soft_sphere",
+    "sum_shells",
+    "transform_volume",
+    "untransform_volume",
     "write_particles",
 ]
