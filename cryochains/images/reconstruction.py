@@ -60,14 +60,14 @@ class Map:
         (x, y, z) of that voxel in Å, in the frame of the structure.
     n_particles : int
         With a weight above zero.
-    gain : (box // 2 + 1,) array
-        What `volume` has of the density on each shell of frequencies one Fourier pixel wide: a
-        Wiener filter's, 1 where there is no noise.
+    gain : (box, box, box // 2 + 1) float32 array
+        What `volume` has of the density at each frequency, on the grid of ``rfftn``: less than 1
+        where noise is strong, or few particles show that direction.
     half1, half2 : (box, box, box) float32 array or None
         Of two random halves of the particles, filtered as `volume`, which is about their mean.
     fsc : (box // 2 + 1,) array or None
-        Correlation of the half maps on these shells. The halves share the poses: errors of those
-        that both make alike are not seen.
+        Correlation of the half maps on shells of frequencies one Fourier pixel wide. The halves
+        share the poses: errors of those that both make alike are not seen.
     """
 
     volume: np.ndarray
@@ -514,7 +514,10 @@ def _shell_means(values: Tensor) -> np.ndarray:
 
 
 def _divided(sums: Tensor, wiener: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(box, box, box) float32 volume of sums, with a Wiener term (box // 2 + 1,); and its gain."""
+    """(box, box, box) float32 volume of sums, with a Wiener term (box // 2 + 1,); and its gain.
+
+    (box, box, box//2 + 1).
+    """
     fine = len(sums)
     box = fine // _OVERSAMPLING
     squares = torch.fft.fftfreq(fine, _OVERSAMPLING / fine).square()
@@ -538,4 +541,17 @@ def _divided(sums: Tensor, wiener: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     index = x % fine
     cropped = volume[index][:, index][:, :, index]
     cropped /= falloff[:, None, None] * falloff[:, None] * falloff
-    return cropped.numpy(), _shell_means(gain)
+    return cropped.numpy(), _coarse_gain(gain)
+
+
+def _coarse_gain(gain: Tensor) -> np.ndarray:
+    """(box, box, box//2 + 1) of a gain on the finer grid: means over neighbours, as cropping takes.
+
+    A crop of the volume mixes each frequency of the box with those between.
+    """
+    mirrored = gain[:, :, 1].flip((0, 1)).roll((1, 1), (0, 1))
+    beyond = torch.cat([mirrored[:, :, None], gain, gain[:, :, -2:-1]], dim=2)
+    gain = gain / 2 + (beyond[:, :, :-2] + beyond[:, :, 2:]) / 4
+    for axis in (0, 1):
+        gain = gain / 2 + (gain.roll(1, axis) + gain.roll(-1, axis)) / 4
+    return gain[::_OVERSAMPLING, ::_OVERSAMPLING, ::_OVERSAMPLING].numpy()
