@@ -4,11 +4,12 @@ Modules, each importing only from those before it: `colors` (of chains, in all f
 `motions` (principal components of the latents, and the latents in units people read), `words` (a
 motion in sentences), `conformations` (latents as files of atoms), `points` (density, columns and
 error bars of particles that are drawn as points; selections as files), `residues` (density of each
-residue as the images show it).
+residue as the images show it), `maps` (conformations against a map that never saw the atoms).
 """
 
 from .colors import CHAIN_COLORS
 from .conformations import decode_ensemble, fits_pdb_text, save_conformations
+from .maps import EndsComparison, MapComparison, compare_ends, compare_with_map, split_noise
 from .motions import KIND_GROUPS, PrincipalMotions, compute_pca, latent_names, latent_table
 from .points import (
     atom_uncertainty,
@@ -25,9 +26,13 @@ from .words import describe_motion, motion_sentence
 __all__ = [
     "CHAIN_COLORS",
     "KIND_GROUPS",
+    "EndsComparison",
+    "MapComparison",
     "PrincipalMotions",
     "atom_uncertainty",
     "average_covariance",
+    "compare_ends",
+    "compare_with_map",
     "component_errors",
     "compute_pca",
     "decode_ensemble",
@@ -42,4 +47,5 @@ __all__ = [
     "point_density",
     "save_conformations",
     "save_selection",
+    "split_noise",
 ]

@@ -9,6 +9,7 @@
 - `cryosparc`: cryoSPARC's tables (.cs), likewise.
 - `opening`: what is common to tables: finding images, comparing them with their headers.
 - `particles`: `ParticleStack`, the images with what is known of each.
+- `reconstruction`: a density map from images and poses alone, half maps and their correlation.
 """
 
 from .ctf import CTF
@@ -22,13 +23,28 @@ from .projection import (
     project_tangents,
     random_rotations,
 )
+from .reconstruction import (
+    Map,
+    compute_fsc,
+    draw_volume,
+    reconstruct,
+    resolution_of,
+    scale_shells,
+    soft_sphere,
+    sum_shells,
+    transform_volume,
+    untransform_volume,
+)
 from .relion import write_particles
 from .stacks import positions
 
 __all__ = [
     "CTF",
     "Batch",
+    "Map",
     "ParticleStack",
+    "compute_fsc",
+    "draw_volume",
     "filter_images",
     "gaussian_transfer",
     "load_particles",
@@ -40,6 +56,13 @@ __all__ = [
     "project",
     "project_tangents",
     "random_rotations",
+    "reconstruct",
+    "resolution_of",
+    "scale_shells",
+    "soft_sphere",
     "source_path",
+    "sum_shells",
+    "transform_volume",
+    "untransform_volume",
     "write_particles",
 ]

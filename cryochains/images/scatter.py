@@ -51,7 +51,7 @@ def scatter_tangents(
     return images
 
 
-def _compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     """`function` compiled when first called; by every process where no folder can be written."""
     try:
         return numba.njit(nogil=True, fastmath=_FAST_MATH, cache=True)(function)
@@ -59,7 +59,7 @@ def _compiled(function: Callable) -> Callable:
         return numba.njit(nogil=True, fastmath=_FAST_MATH)(function)
 
 
-@_compiled
+@compiled
 def _window(center: float, extent: float, grid: np.ndarray) -> tuple[int, int]:
     """First pixel within `extent` of `center`, and the one after the last."""
     pixel = grid[1] - grid[0]
@@ -68,7 +68,7 @@ def _window(center: float, extent: float, grid: np.ndarray) -> tuple[int, int]:
     return start, max(start, end)
 
 
-@_compiled
+@compiled
 def _add_atom(
     sums: np.ndarray,
     across: np.ndarray,
@@ -113,7 +113,7 @@ def _add_atom(
             row[t] += bell * by_x[t] + slope * by_y[t]
 
 
-@_compiled
+@compiled
 def _scatter(
     xy: np.ndarray,
     tangents: np.ndarray,

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..analysis import CHAIN_COLORS, PrincipalMotions
+from ..analysis import CHAIN_COLORS, MapComparison, PrincipalMotions
 from ..inference import Check, Encoder, Result, Verdict
 from ..model import Model
 from ..molecule import Modes, Structure, find_chain
@@ -30,6 +30,7 @@ __all__ = [
     "plot_conformations",
     "plot_explorer",
     "plot_latent_space",
+    "plot_map_comparison",
     "plot_modes",
     "plot_particles",
     "plot_refinement",
@@ -59,6 +60,8 @@ _STATUS_GRADES = {"green": "good", "yellow": "doubtful", "red": "not to be trust
 _PROBLEM_WIDTH = 130
 # Panels of a refinement side by side.
 _REFINEMENT_COLUMNS = 4
+# Where half maps are said to show nothing more.
+_HALF_MAP_THRESHOLD = 0.143
 # Panels side by side, of which there is one a chain.
 _MAX_PANEL_COLUMNS = 4
 
@@ -536,6 +539,61 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
         axis.set_ylabel("displacement (Å)")
     figure.suptitle(title)
     return figure
+
+
+def plot_map_comparison(comparison: MapComparison) -> Figure:
+    """A map beside the densities of two conformations; its title says which agrees better.
+
+    Fourier shell correlations, the correlation around each chain, and sums along z of the map and
+    of what it shows beside the first conformation.
+
+    Parameters
+    ----------
+    comparison : MapComparison
+        Of `compare_with_map`, or one end of `compare_ends`.
+    """
+    figure, axes = new_figure(1, 4, 14, 3.8)
+    curves, bars, whole, rest = axes[0]
+    _draw_shell_correlations(comparison, curves)
+    x = np.arange(len(comparison.chain_ids))
+    for number, name in enumerate(comparison.names):
+        values = comparison.chain_correlation[:, number]
+        bars.bar(x + 0.4 * (number - 0.5), values, 0.4, color=CHAIN_COLORS[number], label=name)
+    bars.set_xticks(x, comparison.chain_ids)
+    low = min(0.0, float(comparison.chain_correlation.min()))
+    bars.set(xlabel="chain", ylabel="correlation with the map", ylim=(low, 1))
+    extent = comparison.map.box_size * comparison.map.pixel_size / 2
+    volumes = ((whole, comparison.shown, "map"), (rest, comparison.residual, "residual"))
+    limit = np.abs(comparison.shown.sum(0)).max()
+    for axis, volume, name in volumes:
+        image = axis.imshow(
+            volume.sum(0) * comparison.map.pixel_size,
+            cmap="RdBu_r",
+            origin="lower",
+            extent=(-extent, extent, -extent, extent),
+            vmin=-limit * comparison.map.pixel_size,
+            vmax=limit * comparison.map.pixel_size,
+        )
+        axis.set(title=f"{name}, summed along z", xlabel="Å")
+    figure.colorbar(image, ax=rest, label="density per Å²")
+    words = f"{comparison.map.n_particles:,} particles: {comparison.sentence}"
+    figure.suptitle("\n".join(wrap(words, int(11 * figure.get_figwidth()))), fontsize="medium")
+    return figure
+
+
+def _draw_shell_correlations(comparison: MapComparison, axis: Axes) -> None:
+    volume = comparison.map
+    frequencies = volume.frequencies[1:]
+    if volume.fsc is not None:
+        axis.plot(frequencies, volume.fsc[1:], color="0.3", label="half maps")
+    fscs = (comparison.fsc_own, comparison.fsc_other)
+    for name, fsc, color in zip(comparison.names, fscs, CHAIN_COLORS, strict=False):
+        axis.plot(frequencies, fsc[1:], color=color, label=name)
+    axis.axhline(_HALF_MAP_THRESHOLD, color="0.7", lw=0.8)
+    ticks = np.linspace(0, frequencies[-1], 5)[1:]
+    axis.set_xticks(ticks, [f"{1 / tick:.3g}" for tick in ticks])
+    axis.set(xlabel="resolution (Å)", ylabel="FSC", ylim=(-0.1, 1.02))
+    axis.legend(fontsize="small", loc="lower left")
 
 
 def _set_title(figure: Figure, lines: list[str], verdict: Verdict | None, **style: Any) -> None:

@@ -39,6 +39,6 @@ def test_where_nothing_can_be_written_every_process_compiles_for_itself(monkeypa
         return compile_one(**options)
 
     monkeypatch.setattr(numba, "njit", refuse_cache)
-    double = scatter._compiled(lambda x: 2 * x)
+    double = scatter.compiled(lambda x: 2 * x)
     assert double(3) == 6
     assert double.signatures

@@ -26,7 +26,7 @@ import cryochains.molecule
 import cryochains.view
 from cryochains import analysis, images, inference, molecule
 from cryochains import model as models
-from cryochains.images import ParticleStack
+from cryochains.images import Map, ParticleStack
 from cryochains.images.stacks import Images
 from cryochains.inference import Encoder, Result
 from cryochains.inference.encoder import new_network
@@ -123,6 +123,8 @@ class Given:
     population: Population
     motions: analysis.PrincipalMotions
     encoder: Encoder
+    map: Map
+    comparison: analysis.MapComparison
     latents: torch.Tensor
     conformations: np.ndarray
     covariance: torch.Tensor
@@ -169,6 +171,8 @@ def given(pair, tmp_path_factory) -> Given:
         population=result.population,
         motions=analysis.compute_pca(result),
         encoder=encoder,
+        map=images.reconstruct(particles, progress=False),
+        comparison=analysis.compare_with_map(result, progress=False),
         latents=result.latents.clone(),
         conformations=conformations,
         covariance=inference.posterior_covariance(result, [0])[0].float(),
@@ -210,6 +214,25 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         molecule.write_structure(g.closed.atoms, "title", f / name) for name in ("a.pdb", "a.cif")
     ],
     # images
+    "compute_fsc": lambda g, f: images.compute_fsc(g.map.volume, g.map.half1),
+    "draw_volume": lambda g, f: images.draw_volume(
+        g.bead_dynamics.reference, g.microscope.weight_tensor, g.microscope.variance_tensor, 32, 4.0
+    ),
+    "reconstruct": lambda g, f: [
+        images.reconstruct(g.particles, **QUIET),
+        images.reconstruct(g.in_memory, weights=g.latents[:, 0] ** 2, half_maps=False, **QUIET),
+    ],
+    "resolution_of": lambda g, f: images.resolution_of(g.map.fsc, 100.0),
+    "scale_shells": lambda g, f: images.scale_shells(
+        images.transform_volume(g.map.volume), g.map.fsc
+    ),
+    "sum_shells": lambda g, f: images.sum_shells(images.transform_volume(g.map.volume).abs()),
+    "transform_volume": lambda g, f: images.untransform_volume(
+        images.transform_volume(g.map.volume)
+    ),
+    "untransform_volume": lambda g, f: images.untransform_volume(
+        images.transform_volume(g.map.volume)
+    ),
     "filter_images": lambda g, f: images.filter_images(
         g.in_memory.read_images(), images.gaussian_transfer(32, g.model.pixel_size, 3.0)
     ),
@@ -340,6 +363,14 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "true_latents": lambda g, f: inference.true_latents(g.model, g.particles),
     "true_population": lambda g, f: inference.true_population(g.model, g.particles, g.latents),
     # analysis
+    "compare_ends": lambda g, f: [
+        analysis.compare_ends(g.motions, share=0.5, **few) for few in (QUIET, of_images(g))
+    ],
+    "compare_with_map": lambda g, f: [
+        analysis.compare_with_map(g.result, **QUIET),
+        analysis.compare_with_map(g.framed, other=g.latents[0], **of_images(g)).residual,
+    ],
+    "split_noise": lambda g, f: analysis.split_noise(g.result, blurs=(4.0, 0.0), **QUIET),
     "atom_uncertainty": lambda g, f: analysis.atom_uncertainty(
         g.dynamics, g.latents[0], g.covariance
     ),
@@ -378,6 +409,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "view_structure": lambda g, f: with_widgets(cryochains.view.view_structure, g.closed),
     "plot_particles": lambda g, f: drawn(plots.plot_particles(g.result, 2)),
     "plot_check": lambda g, f: drawn(plots.plot_check(inference.check(g.model, g.particles))),
+    "plot_map_comparison": lambda g, f: drawn(plots.plot_map_comparison(g.comparison)),
     "plot_training": lambda g, f: drawn(plots.plot_training(g.encoder)),
     "plot_refinement": lambda g, f: drawn(plots.plot_refinement(g.result)),
     "plot_latent_space": lambda g, f: drawn(
@@ -424,6 +456,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         g.motions.transform(g.latents),
     ],
     "PrincipalMotions.traverse": lambda g, f: g.motions.traverse(1),
+    "Map.save": lambda g, f: g.map.save(f / "m.mrc"),
     "Encoder.save": lambda g, f: g.encoder.save(f / "e"),
     "ParticleStack.digest": lambda g, f: g.particles.digest(),
     "ParticleStack.image_digest": lambda g, f: g.particles.image_digest(),
@@ -508,6 +541,7 @@ TAKE_NONE_OF_THEM = {
     "random_rotations",
     "require_count",
     "source_path",
+    "soft_sphere",
     "unpack_model",
     "unpack_modes",
     "unpack_structure",
@@ -518,6 +552,7 @@ NOUNS = (
     Population,
     analysis.PrincipalMotions,
     Encoder,
+    Map,
     ParticleStack,
     Dynamics,
     Microscope,
@@ -552,6 +587,10 @@ def with_other_beads(result: Result) -> Result:
 def drawn(figure):
     figure.canvas.draw()
     return figure
+
+
+def of_images(g):
+    return {"images": g.in_memory, "progress": False}
 
 
 def per_particle(g):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from cryochains.analysis import compute_pca, motion_sentence
+from cryochains.analysis import compare_with_map, compute_pca, motion_sentence
 from cryochains.images import ParticleStack
 from cryochains.inference import CheckItem, Result, check, score, train_encoder
 from cryochains.model import Dynamics, Model, Population, simulate_particles
@@ -580,3 +580,11 @@ def test_explorer_of_one_component(closed):
     assert "particles" in draw(plots.plot_explorer(motions), panels=2)
     with pytest.raises(ValueError, match="expected a component from 0 to 0, got 1"):
         plots.plot_explorer(motions, 1)
+
+
+def test_a_map_comparison_says_what_agrees_better(result):
+    comparison = compare_with_map(result, images=result.particles, progress=False)
+    text = draw(plots.plot_map_comparison(comparison), panels=4)
+    for words in ("half maps", "the reference", "correlation with the map", "residual", "Å"):
+        assert words in text
+    assert comparison.sentence[:30] in text.replace("\n", " ")
