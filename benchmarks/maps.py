@@ -10,6 +10,9 @@ state as reference. A row of the table is a set:
   than with the reference; latents and maps from images whose noises are independent
   (`split_noise`).
 - same_low, same_high: the same where latents and maps are of the same images, which is no test.
+- halves_overlap, halves_first, halves_second, halves_mean: `compare_halves`: how alike PC1 of one
+  half and the most similar component of the other are, how far both move (Å), and how far apart
+  the mean conformations are (Å).
 - resolution_ratio: of the map of PC1's lower end, over that of as many particles chosen by their
   true conformation at their true poses. fsc_true: correlation of the two maps over the shells that
   both resolve.
@@ -30,7 +33,7 @@ from realism import CONDITIONS, Experiment, Molecule, load_molecule, make_experi
 
 import cryochains as cc
 from cryochains._files import atomic_path
-from cryochains.analysis import compare_ends, compare_with_map, split_noise
+from cryochains.analysis import compare_ends, compare_halves, compare_with_map, split_noise
 from cryochains.images import compute_fsc, reconstruct, soft_sphere
 from cryochains.inference import Result
 
@@ -57,11 +60,13 @@ def measure(
     result = cc.refine(model, particles, device="cpu", **QUIET)
     refined = time.perf_counter()
     motions = cc.compute_pca(result)
-    same = compare_ends(motions, share=SHARE, **QUIET)
+    same = compare_ends(motions, share=SHARE, images=result.particles, **QUIET)
     compared = time.perf_counter()
     again, images = split_noise(result, device="cpu", **QUIET)
     ends = compare_ends(cc.compute_pca(again), share=SHARE, images=images, **QUIET)
     whole = compare_with_map(again, images=images, **QUIET)
+    halves = compare_halves(result, device="cpu", **QUIET)
+    best = int(np.argmax(halves.overlap[0]))
     row = {
         "condition": condition,
         "n": n,
@@ -77,6 +82,10 @@ def measure(
         "mean_favoured": whole.favours_own,
         "same_low": round(same.low.significance, 2),
         "same_high": round(same.high.significance, 2),
+        "halves_overlap": round(float(halves.overlap[0, best]), 3),
+        "halves_first": round(float(halves.amplitudes[0, 0]), 3),
+        "halves_second": round(float(halves.amplitudes[1, best]), 3),
+        "halves_mean": round(halves.mean_distance, 3),
         "refine_s": round(refined - started, 1),
         "compare_s": round(compared - refined, 1),
     }

@@ -16,16 +16,18 @@ protein-bright.
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+from warnings import warn
 
 if TYPE_CHECKING:
     from .analysis import (
+        compare_ends,
+        compare_with_map,
         compute_pca,
-        density_table,
         describe_motion,
         latent_table,
         motion_sentence,
     )
-    from .images import ParticleStack, load_particles
+    from .images import ParticleStack, load_particles, reconstruct
     from .inference import (
         Result,
         check,
@@ -40,13 +42,12 @@ if TYPE_CHECKING:
     from .model import Model, load_population, simulate_particles
     from .molecule import (
         compute_modes,
-        describe_change,
         load_structure,
         match_structures,
         morph,
         superpose,
     )
-    from .view import explore, plots, save_motion, view_modes, view_structure
+    from .view import explore, plots, save_motion, view_structure
 
 __version__ = "0.1.0"
 
@@ -58,9 +59,9 @@ _PACKAGE_OF = {
     "superpose": "molecule",
     "morph": "molecule",
     "compute_modes": "molecule",
-    "describe_change": "molecule",
     "load_particles": "images",
     "ParticleStack": "images",
+    "reconstruct": "images",
     "simulate_particles": "model",
     "Model": "model",
     "load_population": "model",
@@ -75,14 +76,22 @@ _PACKAGE_OF = {
     "information_limit": "inference",
     "compute_pca": "analysis",
     "latent_table": "analysis",
-    "density_table": "analysis",
     "describe_motion": "analysis",
     "motion_sentence": "analysis",
+    "compare_with_map": "analysis",
+    "compare_ends": "analysis",
     "save_motion": "view",
     "explore": "view",
     "view_structure": "view",
-    "view_modes": "view",
     "plots": "view",
+}
+
+# What was in the table before, still answered under its old name.
+_MOVED = {
+    "density_table": "analysis",
+    "describe_change": "molecule",
+    "load_encoder": "inference",
+    "view_modes": "view",
 }
 
 __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
@@ -90,11 +99,11 @@ __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
     "ParticleStack",
     "Result",
     "check",
+    "compare_ends",
+    "compare_with_map",
     "compute_modes",
     "compute_pca",
     "correct_reference",
-    "density_table",
-    "describe_change",
     "describe_motion",
     "encode",
     "explore",
@@ -108,13 +117,13 @@ __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
     "morph",
     "motion_sentence",
     "plots",
+    "reconstruct",
     "refine",
     "save_motion",
     "score",
     "simulate_particles",
     "superpose",
     "train_encoder",
-    "view_modes",
     "view_structure",
 ]
 
@@ -122,6 +131,10 @@ __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
 def __getattr__(name: str) -> object:
     if name in _PACKAGE_OF.values():
         return import_module(f".{name}", __name__)
+    if name in _MOVED:
+        home = import_module(f".{_MOVED[name]}", __name__)
+        warn(f"cryochains.{name} is now {home.__name__}.{name}", FutureWarning, stacklevel=2)
+        return getattr(home, name)
     if name not in _PACKAGE_OF:
         raise AttributeError(f"module 'cryochains' has no attribute {name!r}")
     value = getattr(import_module(f".{_PACKAGE_OF[name]}", __name__), name)

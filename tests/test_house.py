@@ -125,6 +125,10 @@ def test_the_library_has_few_public_names():
     for name, package in cryochains._PACKAGE_OF.items():
         assert name in package_all(package), name
         assert getattr(cryochains, name) is getattr(import_module(f"cryochains.{package}"), name)
+    for name, package in cryochains._MOVED.items():
+        with pytest.warns(FutureWarning, match=f"cryochains.{package}.{name}"):
+            value = getattr(cryochains, name)
+        assert value is getattr(import_module(f"cryochains.{package}"), name)
     # Tab completion shows these and the packages, and nothing that is only imported.
     shown = {name for name in dir(cryochains) if not name.startswith("_")}
     assert shown == {*cryochains.__all__, *RANKS}

@@ -4,11 +4,13 @@ Modules, each importing only from those before it: `colors` (of chains, in all f
 `motions` (principal components of the latents, and the latents in units people read), `words` (a
 motion in sentences), `conformations` (latents as files of atoms), `points` (density, columns and
 error bars of particles that are drawn as points; selections as files), `residues` (density of each
-residue as the images show it), `maps` (conformations against a map that never saw the atoms).
+residue as the images show it), `maps` (conformations against a map that never saw the atoms),
+`halves` (two refinements that share no particle).
 """
 
 from .colors import CHAIN_COLORS
 from .conformations import decode_ensemble, fits_pdb_text, save_conformations
+from .halves import HalvesComparison, compare_halves
 from .maps import EndsComparison, MapComparison, compare_ends, compare_with_map, split_noise
 from .motions import KIND_GROUPS, PrincipalMotions, compute_pca, latent_names, latent_table
 from .points import (
@@ -27,11 +29,13 @@ __all__ = [
     "CHAIN_COLORS",
     "KIND_GROUPS",
     "EndsComparison",
+    "HalvesComparison",
     "MapComparison",
     "PrincipalMotions",
     "atom_uncertainty",
     "average_covariance",
     "compare_ends",
+    "compare_halves",
     "compare_with_map",
     "component_errors",
     "compute_pca",

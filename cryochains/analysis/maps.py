@@ -6,11 +6,12 @@ their decoded mean conformation, and another such as the reference's, are compar
 Latents that were found in the very images of a map have followed the noise of those, and so agree
 with it better than with other images even where nothing moves. `split_noise` makes two images of
 each, whose noises are independent: latents are found in one, the map is made of the other. Only
-then is a difference claimed.
+then is a difference claimed. `compare_ends` does so by itself.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from ..images import (
     untransform_volume,
 )
 from ..inference import Result, refine, require_same_ids
-from .motions import PrincipalMotions
+from .motions import PrincipalMotions, compute_pca
 
 # Standard errors that a difference has to exceed.
 _CLAIMED = 3.0
@@ -45,6 +46,8 @@ _TINY_WEIGHT = 1e-12
 _UNEVEN_ERROR = 1.25
 # Fewer particles make no map.
 _FEWEST = 4
+# Of the line through both conformations, on which the second is at 0 and the first at 1.
+_LINE = np.linspace(-0.5, 1.5, 9)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,8 +72,11 @@ class MapComparison:
     error : float
         Standard error of `difference`, by the noise in which the half maps differ.
     chain_ids : tuple of str
-    chain_correlation : (n_chains, 2) array
-        Correlation with the map in real space, within 6 Å of the beads of each chain.
+    line : (m,) array
+        Points on the straight line through both conformations: the second is at 0, the first at 1.
+    chain_correlation : (n_chains, m) array
+        Correlation in real space of the map with the conformations on that line, within 6 Å of the
+        beads of each chain in either. Where it is highest, the map says the chain is.
     independent : bool
         Whether the map is of other images than those that the conformations were found in.
     """
@@ -85,6 +91,7 @@ class MapComparison:
     of_halves: np.ndarray
     error: float
     chain_ids: tuple[str, ...]
+    line: np.ndarray
     chain_correlation: np.ndarray
     independent: bool
 
@@ -111,13 +118,38 @@ class MapComparison:
         """(box, box, box) the map on the shells that it resolves, without its mean."""
         return _resolved(self.map, self.map.volume)
 
-    @property
-    def residual(self) -> np.ndarray:
-        """(box, box, box) what the map shows beside `own`, at the brightness that fits it best."""
+    @cached_property
+    def residual(self) -> Map:
+        """What the map shows beside `own`, at the brightness that fits it best.
+
+        On the shells that the map resolves; ``comparison.residual.save("residual.mrc")``.
+        """
         shown = self.shown
         inside = self.own * soft_sphere(self.map.box_size)
         brightness = (shown * inside).sum() / (self.own * inside).sum()
-        return shown - brightness * self.own
+        left = (shown - brightness * self.own).astype(np.float32)
+        return replace(self.map, volume=left, half1=None, half2=None, fsc=None)
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard deviation of the noise in a voxel of `shown`, by what the half maps differ."""
+        half1, half2, _ = _halves_of(self.map)
+        noise = _resolved(self.map, (half1 - half2) / 2)
+        return float(np.sqrt(np.average(noise**2, weights=soft_sphere(self.map.box_size))))
+
+    @property
+    def residual_significance(self) -> float:
+        """The residual's largest voxel in the sphere over `noise`; noise alone seldom exceeds 5."""
+        mask = soft_sphere(self.map.box_size)
+        return float(np.abs(self.residual.volume * mask).max() / self.noise)
+
+    @property
+    def chain_position(self) -> np.ndarray:
+        """(n_chains,) point of `line` where each chain correlates best with the map.
+
+        By the parabola through the best and its neighbours; an end of the line may be beyond it.
+        """
+        return np.array([_highest(self.line, curve) for curve in self.chain_correlation])
 
     @property
     def sentence(self) -> str:
@@ -165,15 +197,20 @@ class EndsComparison:
         """Whether each map agrees better with its own, by more than three standard errors."""
         return self.low.favours_own and self.high.favours_own
 
-    def __repr__(self) -> str:
-        words = "the maps confirm the motion" if self.confirmed else "not confirmed by the maps"
-        if not self.low.independent:
-            words = "not tested: found in the images of the maps"
+    @property
+    def sentence(self) -> str:
+        """Whether the maps confirm the motion, in words."""
+        words = "maps of the images alone confirm the motion"
+        if not self.confirmed:
+            words = "not confirmed by maps of the images alone"
         numbers = " and ".join(f"{end.significance:+.1f}" for end in (self.low, self.high))
         return (
-            f"EndsComparison({self.label}, ends {self.distance:.1f} Å apart: {words}; each with "
-            f"its own rather than the other's by {numbers} standard errors)"
+            f"{self.label}, ends {self.distance:.1f} Å apart: {words}; each agrees with its own "
+            f"conformation rather than the other's by {numbers} standard errors"
         )
+
+    def __repr__(self) -> str:
+        return f"EndsComparison({self.sentence})"
 
 
 def split_noise(
@@ -190,7 +227,7 @@ def split_noise(
     Noise e as strong as an image's own, and of its colour, is drawn for each. The noises of y + e
     and y − e are then independent, each with twice the variance: what `refine` finds in the first
     cannot have followed the noise of the second, and so maps of the second may speak for or against
-    it. ``compare_ends(compute_pca(again), images=images)``.
+    it: ``compare_ends(compute_pca(again), images=images)``.
 
     Parameters
     ----------
@@ -334,7 +371,11 @@ def compare_ends(
 ) -> EndsComparison:
     """Compare the maps of both ends of a component, each with its own conformation and the other's.
 
-    A motion that the images show makes each map agree better with its own.
+    A motion that the images show makes each map agree better with its own. Which particles are at
+    an end was found in the images too: by default all is found again in images with noise added,
+    and the maps are made of the same images with that noise subtracted (`split_noise`), which
+    takes as long as a refinement of at most 4,000 particles. The component is then that of the new
+    refinement which is most like the one asked for.
 
     Parameters
     ----------
@@ -344,8 +385,8 @@ def compare_ends(
     share : float
         Of the particles at each end.
     images : ParticleStack, optional
-        As of `compare_with_map`: without them nothing is claimed. Which particles are at an end was
-        found in the images too.
+        Other images of the same particles, that these motions were not found in: such as
+        `split_noise` gives beside the result of which these motions are. Nothing is then refined.
     seed, device, progress
         As of `compare_with_map`.
 
@@ -356,8 +397,8 @@ def compare_ends(
     Raises
     ------
     ValueError
-        For a component that does not exist, a share that is not between 0 and 0.5, or ends of fewer
-        than four particles.
+        For a component that does not exist, a share that is not between 0 and 0.5, ends of fewer
+        than four particles, or a result without its particles or their noise.
 
     Examples
     --------
@@ -369,8 +410,8 @@ def compare_ends(
     >>> particles = simulate_particles(closed, 100, dynamics=model.dynamics, latents=latents,
     ...     box_size=32, pixel_size=4.0, progress=False)
     >>> motions = compute_pca(Result(model, latents, particles=particles))
-    >>> compare_ends(motions, progress=False)
-    EndsComparison(PC1 of all chains, ... Å apart: not tested: ...
+    >>> compare_ends(motions, images=particles, progress=False)  # the latents are the true ones
+    EndsComparison(PC1 of all chains, ... Å apart: maps of the images alone confirm the motion; ...
     """
     if not 0 <= component < len(motions.components):
         raise ValueError(
@@ -379,6 +420,15 @@ def compare_ends(
         )
     if not 0 < share <= 0.5:
         raise ValueError(f"expected a share between 0 and 0.5, got {share}; try 0.3")
+    n_shown = int(motions.result.shows_molecule.sum())
+    if share * n_shown < _FEWEST:
+        raise ValueError(
+            f"expected {_FEWEST} particles or more at each end, got {share} of {n_shown}; try a "
+            "larger share"
+        )
+    if images is None:
+        again, images = split_noise(motions.result, seed=seed, device=device, progress=progress)
+        motions, component = _same_motion(motions, component, again)
     framed = motions.result
     stack = _stack_of(framed, images)
     scores = motions.scores[:, component]
@@ -390,7 +440,7 @@ def compare_ends(
         volume = _group_map(framed, stack, groups[number], seed, device, progress)
         pair = (own[number], own[1 - number])
         names = ("their own conformation", "the other end's")
-        end = _compare(framed, volume, pair, names, images is not None)
+        end = _compare(framed, volume, pair, names, independent=True)
         # Halfway between the two conformations neither should agree better, and that point was
         # found from as many noisy images as are in both groups.
         part = len(groups[number]) / (len(groups[0]) + len(groups[1]))
@@ -414,6 +464,17 @@ def _draw_noise(
     ring = torch.hypot(k[:, None], k[: box_size // 2 + 1]).round().long()
     amplitude = spectrum.clamp_min(0).sqrt()[ring.clamp_(max=len(spectrum) - 1)]
     return filter_images(noise, amplitude.float())
+
+
+def _same_motion(
+    motions: PrincipalMotions, component: int, again: Result
+) -> tuple[PrincipalMotions, int]:
+    """The motions of another result, of the same chain and kind, and which is most like one."""
+    asked = motions.components[component]
+    motions_again = compute_pca(
+        again, motions.chain, motions.kind, len(motions.components), motions.result.frame
+    )
+    return motions_again, int(np.argmax(np.abs(motions_again.components @ asked)))
 
 
 def _stack_of(result: Result, images: ParticleStack | None) -> ParticleStack:
@@ -482,36 +543,25 @@ def _compare(
     independent: bool,
 ) -> MapComparison:
     """A map beside the densities at two latents (p,)."""
-    model = result.imaging_model
-    with torch.no_grad():
-        coords = model.bead_dynamics.decode(torch.stack(latents)) - model.microscope.origin_tensor
-    weights = torch.from_numpy(model.beads.weights).float()
-    widths = torch.from_numpy(model.beads.widths).float()
-    # As the particles of this map would show them: with little of the directions that few show.
-    gain = torch.from_numpy(volume.gain)
-    densities = []
-    for beads in coords:
-        density = draw_volume(beads, weights, widths, volume.box_size, volume.pixel_size)
-        densities.append(untransform_volume(transform_volume(density) * gain))
+    own, other = latents
     noise = _noise_between_halves(volume)
+    densities, coords = zip(*(_expected(result, volume, one) for one in latents), strict=True)
     agreement, error, fscs = _agreement(volume.volume, densities, noise)
-    halves = [
-        _agreement(half, densities, noise)[0]
-        for half in (volume.half1, volume.half2)
-        if half is not None
-    ]
-    filtered = [_resolved(volume, density) for density in densities]
-    structure = model.structure
-    chain = structure.node_chain[model.beads.node]
+    halves = [_agreement(half, densities, noise)[0] for half in _halves_of(volume)[:2]]
+    structure = result.model.structure
+    chain = structure.node_chain[result.imaging_model.beads.node]
+    chains = [torch.cat(coords)[np.tile(chain == c, 2)] for c in range(structure.n_chains)]
+    near = [_near_beads(beads.numpy(), volume) for beads in chains]
     visible = _resolved(volume, volume.volume)
-    correlation = [
-        _correlation_near(visible, filtered, coords[:, chain == c].numpy(), volume.pixel_size)
-        for c in range(structure.n_chains)
-    ]
+    curves = []
+    for position in _LINE:
+        density, _ = _expected(result, volume, other + float(position) * (own - other))
+        drawn = _resolved(volume, density)
+        curves.append([np.corrcoef(visible[inside], drawn[inside])[0, 1] for inside in near])
     return MapComparison(
         volume,
-        filtered[0],
-        filtered[1],
+        _resolved(volume, densities[0]),
+        _resolved(volume, densities[1]),
         names,
         fscs[0],
         fscs[1],
@@ -519,9 +569,43 @@ def _compare(
         np.stack(halves),
         error,
         tuple(structure.chain_ids),
-        np.array(correlation),
+        _LINE,
+        np.array(curves).T,
         independent,
     )
+
+
+@torch.no_grad()
+def _expected(result: Result, volume: Map, latents: Tensor) -> tuple[np.ndarray, Tensor]:
+    """(box, box, box) density at latents (p,) as the particles of a map would show it; its beads.
+
+    With little of the directions that few of them show. The beads are (n, 3), Å from voxel
+    ``box // 2``.
+    """
+    model = result.imaging_model
+    coords = model.bead_dynamics.decode(latents[None])[0] - model.microscope.origin_tensor
+    weights = torch.from_numpy(model.beads.weights).float()
+    widths = torch.from_numpy(model.beads.widths).float()
+    density = draw_volume(coords, weights, widths, volume.box_size, volume.pixel_size)
+    gain = torch.from_numpy(volume.gain)
+    return untransform_volume(transform_volume(density) * gain), coords
+
+
+def _halves_of(volume: Map) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The half maps and their correlation."""
+    if volume.half1 is None or volume.half2 is None or volume.fsc is None:
+        raise ValueError(f"expected a map with its halves, got {volume!r}; try half_maps=True")
+    return volume.half1, volume.half2, volume.fsc
+
+
+def _highest(x: np.ndarray, y: np.ndarray) -> float:
+    """Where evenly sampled y is highest, by the parabola through three points; or an end of x."""
+    best = int(np.argmax(y))
+    if best in (0, len(y) - 1):
+        return float(x[best])
+    before, there, after = y[best - 1 : best + 2]
+    offset = 0.5 * (before - after) / (before - 2 * there + after)
+    return float(x[best] + offset * (x[1] - x[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -544,13 +628,12 @@ class _Noise:
 
 
 def _noise_between_halves(volume: Map) -> _Noise:
-    if volume.half1 is None or volume.half2 is None or volume.fsc is None:
-        raise ValueError(f"expected a map with its halves, got {volume!r}; try half_maps=True")
+    half1, half2, fsc = _halves_of(volume)
     mask = soft_sphere(volume.box_size)
-    spectrum = transform_volume((volume.half1 - volume.half2) / 2 * mask)
+    spectrum = transform_volume((half1 - half2) / 2 * mask)
     counts = sum_shells(torch.ones(1).expand(spectrum.shape))
     power = sum_shells(spectrum.abs().square()) / counts / np.mean(mask**2)
-    weights = counts * volume.fsc.clip(0.0, 1.0)
+    weights = counts * fsc.clip(0.0, 1.0)
     weights[0] = 0
     weights[max(volume.n_resolved, 2) :] = 0
     return _Noise(mask, power, weights / max(weights.sum(), _TINY_WEIGHT))
@@ -593,14 +676,11 @@ def _resolved(volume: Map, density: np.ndarray) -> np.ndarray:
     return untransform_volume(scale_shells(transform_volume(density), shells))
 
 
-def _correlation_near(
-    volume: np.ndarray, densities: Sequence[np.ndarray], beads: np.ndarray, pixel_size: float
-) -> list[float]:
-    """Correlation with each density near (2, n, 3) `beads`, Å from the central voxel."""
-    box = len(volume)
-    grid = (np.arange(box) - box // 2) * pixel_size
+def _near_beads(beads: np.ndarray, volume: Map) -> np.ndarray:
+    """(box, box, box) bool, voxels near (n, 3) `beads`, Å from the central voxel."""
+    box = volume.box_size
+    grid = (np.arange(box) - box // 2) * volume.pixel_size
     z, y, x = np.meshgrid(grid, grid, grid, indexing="ij")
     voxels = np.stack([x, y, z], axis=-1).reshape(-1, 3)
-    distance, _ = cKDTree(beads.reshape(-1, 3)).query(voxels, distance_upper_bound=_AROUND_CHAIN)
-    near = np.isfinite(distance).reshape(volume.shape)
-    return [float(np.corrcoef(volume[near], density[near])[0, 1]) for density in densities]
+    distance, _ = cKDTree(beads).query(voxels, distance_upper_bound=_AROUND_CHAIN)
+    return np.isfinite(distance).reshape(box, box, box)

@@ -118,6 +118,8 @@ class PrincipalMotions:
         Whose particles the components were computed from, in the frame of the components.
     label : str
         Such as "chain B, rigid, frame of the molecule".
+    chain, kind : str or None, str
+        What was asked for: a chain's id or None for all; and as of `compute_pca`.
     mean : (p,) array
         Mean latents of the particles.
     components : (k, p) array
@@ -130,6 +132,8 @@ class PrincipalMotions:
 
     result: Result
     label: str
+    chain: str | None
+    kind: str
     mean: np.ndarray
     components: np.ndarray
     explained_variance_ratio: np.ndarray
@@ -277,6 +281,8 @@ def compute_pca(
     return PrincipalMotions(
         result,
         f"{of_chain}, {of_kind}, {frame_words(result.frame)}",
+        chain,
+        kind,
         mean,
         components,
         pca.explained_variance_ratio_,

@@ -10,7 +10,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..analysis import CHAIN_COLORS, MapComparison, PrincipalMotions
+from ..analysis import (
+    CHAIN_COLORS,
+    EndsComparison,
+    HalvesComparison,
+    MapComparison,
+    PrincipalMotions,
+)
 from ..inference import Check, Encoder, Result, Verdict
 from ..model import Model
 from ..molecule import Modes, Structure, find_chain
@@ -29,6 +35,7 @@ __all__ = [
     "plot_check",
     "plot_conformations",
     "plot_explorer",
+    "plot_halves",
     "plot_latent_space",
     "plot_map_comparison",
     "plot_modes",
@@ -60,6 +67,8 @@ _STATUS_GRADES = {"green": "good", "yellow": "doubtful", "red": "not to be trust
 _PROBLEM_WIDTH = 130
 # Panels of a refinement side by side.
 _REFINEMENT_COLUMNS = 4
+# Chains that a legend names; of more it would cover the curves.
+_MOST_CURVES_NAMED = 8
 # Where half maps are said to show nothing more.
 _HALF_MAP_THRESHOLD = 0.143
 # Panels side by side, of which there is one a chain.
@@ -541,44 +550,125 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
     return figure
 
 
-def plot_map_comparison(comparison: MapComparison) -> Figure:
-    """A map beside the densities of two conformations; its title says which agrees better.
+def plot_map_comparison(comparison: MapComparison | EndsComparison) -> Figure:
+    """Maps beside the densities of conformations; the title says which agrees better.
 
-    Fourier shell correlations, the correlation around each chain, and sums along z of the map and
-    of what it shows beside the first conformation.
+    A row a map: Fourier shell correlations; the correlation around each chain with conformations
+    on the line through both, of which a diamond marks the best; and sums along z of the map and of
+    what it shows beside its own conformation.
 
     Parameters
     ----------
-    comparison : MapComparison
-        Of `compare_with_map`, or one end of `compare_ends`.
+    comparison : MapComparison or EndsComparison
+        Of `compare_with_map`, or of `compare_ends`, which has two rows.
     """
-    figure, axes = new_figure(1, 4, 14, 3.8)
-    curves, bars, whole, rest = axes[0]
-    _draw_shell_correlations(comparison, curves)
-    x = np.arange(len(comparison.chain_ids))
-    for number, name in enumerate(comparison.names):
-        values = comparison.chain_correlation[:, number]
-        bars.bar(x + 0.4 * (number - 0.5), values, 0.4, color=CHAIN_COLORS[number], label=name)
-    bars.set_xticks(x, comparison.chain_ids)
-    low = min(0.0, float(comparison.chain_correlation.min()))
-    bars.set(xlabel="chain", ylabel="correlation with the map", ylim=(low, 1))
-    extent = comparison.map.box_size * comparison.map.pixel_size / 2
-    volumes = ((whole, comparison.shown, "map"), (rest, comparison.residual, "residual"))
-    limit = np.abs(comparison.shown.sum(0)).max()
+    if isinstance(comparison, EndsComparison):
+        rows = {"low end, ": comparison.low, "high end, ": comparison.high}
+    else:
+        rows = {"": comparison}
+    figure, axes = new_figure(len(rows), 4, 15, 3.6 * len(rows) + 0.4)
+    for (name, row), (curves, line, whole, rest) in zip(rows.items(), axes, strict=True):
+        _draw_shell_correlations(row, curves)
+        curves.set_title(f"{name}{row.map.n_particles:,} particles", size="medium")
+        _draw_line_correlations(row, line)
+        _draw_residual(figure, row, whole, rest)
+    words = wrap(comparison.sentence, int(11 * figure.get_figwidth()))
+    figure.suptitle("\n".join(words), fontsize="medium")
+    return figure
+
+
+def plot_halves(comparison: HalvesComparison) -> Figure:
+    """Overlap of the motions of two halves, and how far each residue moves in their PC1.
+
+    Parameters
+    ----------
+    comparison : HalvesComparison
+    """
+    figure, axes = new_figure(1, 2, 12, 3.8)
+    matrix, curves = axes[0]
+    overlap = comparison.overlap
+    image = matrix.imshow(overlap, vmin=0, vmax=1, cmap="viridis")
+    for (i, j), value in np.ndenumerate(overlap):
+        color = "black" if value > 0.6 else "white"
+        matrix.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+    names = [f"PC{k + 1}" for k in range(max(overlap.shape))]
+    for set_ticks, n in ((matrix.set_yticks, len(overlap)), (matrix.set_xticks, len(overlap.T))):
+        set_ticks(range(n), names[:n])
+    matrix.set(xlabel="second half", ylabel="first half")
+    figure.colorbar(image, ax=matrix, label="overlap")
+    best = int(np.argmax(overlap[0]))
+    halves = (comparison.first, 0, "first"), (comparison.second, best, "second")
+    for number, (motions, component, name) in enumerate(halves):
+        distances = _residue_distances(motions, component)
+        label = f"{name} half, PC{component + 1}"
+        curves.plot(distances, color=CHAIN_COLORS[number], label=label, lw=1)
+    _name_chains(curves, comparison.first.model.structure)
+    curves.set(ylabel="moves by (Å), ± one standard deviation", ylim=(0, None))
+    curves.legend(fontsize="small")
+    words = wrap(comparison.sentence, int(11 * figure.get_figwidth()))
+    figure.suptitle("\n".join(words), fontsize="medium")
+    return figure
+
+
+def _residue_distances(motions: PrincipalMotions, component: int) -> np.ndarray:
+    """(n_nodes,) Å from one standard deviation of the scores below the mean to one above."""
+    size = motions.shown_scores[:, component].std()
+    ends = motions.mean + size * np.array([[-1.0], [1.0]]) * motions.components[component]
+    nodes = decode_nodes(motions, torch.from_numpy(ends).float())
+    return np.linalg.norm(nodes[1] - nodes[0], axis=1)
+
+
+def _name_chains(axis: Axes, structure: Structure) -> None:
+    """Ticks at the middle of each chain's nodes, and lines between chains."""
+    first = np.flatnonzero(np.diff(structure.node_chain, prepend=-1))
+    last = np.append(first[1:], len(structure.node_chain))
+    for edge in first[1:]:
+        axis.axvline(edge, color="0.8", lw=0.8)
+    axis.set_xticks((first + last) / 2, [f"chain {chain}" for chain in structure.chain_ids])
+    axis.set_xlim(0, len(structure.node_chain))
+
+
+def _draw_line_correlations(comparison: MapComparison, axis: Axes) -> None:
+    for number, chain in enumerate(comparison.chain_ids):
+        curve = comparison.chain_correlation[number]
+        axis.plot(comparison.line, curve, color=chain_color(number), label=f"chain {chain}")
+        best = comparison.chain_position[number]
+        height = np.interp(best, comparison.line, curve)
+        axis.plot(best, height, "D", color=chain_color(number), markersize=5)
+    axis.axvline(0, color="0.8", lw=0.8)
+    axis.axvline(1, color="0.8", lw=0.8)
+    axis.set_xticks((0, 1), [_fold(name) for name in comparison.names[::-1]])
+    axis.set_ylabel("correlation with the map")
+    if len(comparison.chain_ids) <= _MOST_CURVES_NAMED:
+        axis.legend(fontsize="small")
+
+
+def _draw_residual(figure: Figure, comparison: MapComparison, whole: Axes, rest: Axes) -> None:
+    """Sums along z of the map and of what it shows beside its own conformation."""
+    pixel_size = comparison.map.pixel_size
+    extent = comparison.map.box_size * pixel_size / 2
+    shown = comparison.shown
+    largest = comparison.residual_significance
+    residual = f"residual (a voxel: up to {largest:.1f} × the noise)"
+    volumes = ((whole, shown, "map"), (rest, comparison.residual.volume, residual))
+    limit = np.abs(shown.sum(0)).max() * pixel_size
     for axis, volume, name in volumes:
         image = axis.imshow(
-            volume.sum(0) * comparison.map.pixel_size,
+            volume.sum(0) * pixel_size,
             cmap="RdBu_r",
             origin="lower",
             extent=(-extent, extent, -extent, extent),
-            vmin=-limit * comparison.map.pixel_size,
-            vmax=limit * comparison.map.pixel_size,
+            vmin=-limit,
+            vmax=limit,
         )
-        axis.set(title=f"{name}, summed along z", xlabel="Å")
-    figure.colorbar(image, ax=rest, label="density per Å²")
-    words = f"{comparison.map.n_particles:,} particles: {comparison.sentence}"
-    figure.suptitle("\n".join(wrap(words, int(11 * figure.get_figwidth()))), fontsize="medium")
-    return figure
+        axis.set_title(name, size="medium")
+        axis.set_xlabel("Å")
+    figure.colorbar(image, ax=rest, label="density per Å², summed along z")
+
+
+def _fold(words: str) -> str:
+    """Short lines."""
+    return "\n".join(wrap(words, 16))
 
 
 def _draw_shell_correlations(comparison: MapComparison, axis: Axes) -> None:

@@ -60,7 +60,9 @@ def test_the_true_conformation_agrees_better(moving):
     assert comparison.map.n_particles == int(rows.sum())
     assert "agrees better with their mean conformation than with the reference" in repr(comparison)
     assert comparison.chain_ids == ("A", "B")
-    assert (comparison.chain_correlation[:, 0] > comparison.chain_correlation[:, 1]).all()
+    own, other = (int(np.flatnonzero(comparison.line == where)[0]) for where in (1, 0))
+    assert (comparison.chain_correlation[:, own] > comparison.chain_correlation[:, other]).all()
+    assert comparison.chain_position == pytest.approx(np.ones(2), abs=0.25)
     assert (np.diff(comparison.of_halves, axis=1) < 0).all(), "in both halves"
     assert comparison.fsc_own[1:8].mean() > comparison.fsc_other[1:8].mean()
     wrong = compare_with_map(
@@ -74,8 +76,10 @@ def test_the_residual_is_what_the_other_lacks(moving):
     rows = moving.latents.sum(1) > 3
     comparison = compare_with_map(moving, rows, **QUIET)
     beside_other = replace(comparison, own=comparison.other)
-    assert comparison.residual.std() < 0.8 * beside_other.residual.std()
-    assert comparison.residual.std() < 0.5 * comparison.shown.std()
+    left = comparison.residual.volume.std()
+    assert left < 0.8 * beside_other.residual.volume.std()
+    assert left < 0.5 * comparison.shown.std()
+    assert comparison.residual_significance < beside_other.residual_significance
     # As bright as the model says: the density was not fitted to the map.
     product = (comparison.shown * comparison.own).sum() / np.square(comparison.own).sum()
     assert product == pytest.approx(1, abs=0.15)
@@ -87,12 +91,14 @@ def test_both_ends_agree_better_with_their_own(moving):
     assert isinstance(ends, EndsComparison) and ends.confirmed
     assert ends.low.significance > 3 and ends.high.significance > 3
     assert ends.distance > 2
-    assert "the maps confirm the motion" in repr(ends)
+    assert "maps of the images alone confirm the motion" in repr(ends)
+    for end in (ends.low, ends.high):
+        assert end.chain_position == pytest.approx(np.ones(2), abs=0.3)
 
 
 def test_latents_that_saw_the_images_claim_nothing(moving):
-    ends = compare_ends(compute_pca(moving), **QUIET)
-    assert not ends.confirmed and "not tested" in repr(ends)
+    with pytest.raises(ValueError, match="expected a refined result"):
+        compare_ends(compute_pca(moving), **QUIET)
     comparison = compare_with_map(moving, **QUIET)
     assert not comparison.favours_own and "no difference is claimed" in repr(comparison)
 
@@ -194,7 +200,7 @@ def test_nothing_is_claimed_where_nothing_moves(still):
     assert isinstance(comparison, MapComparison) and not comparison.favours_own
     assert "agrees no better" in comparison.sentence
     # Why images are split: in those that they were found in, both ends seem to be confirmed.
-    followed = compare_ends(compute_pca(still), **QUIET)
+    followed = compare_ends(compute_pca(still), images=still.particles, **QUIET)
     assert followed.low.significance > 3 and followed.high.significance > 3
 
 

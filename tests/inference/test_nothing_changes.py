@@ -363,6 +363,10 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "true_latents": lambda g, f: inference.true_latents(g.model, g.particles),
     "true_population": lambda g, f: inference.true_population(g.model, g.particles, g.latents),
     # analysis
+    "compare_halves": lambda g, f: analysis.compare_halves(g.result, blurs=(4.0, 0.0), **QUIET),
+    "plot_halves": lambda g, f: drawn(
+        plots.plot_halves(analysis.compare_halves(g.result, blurs=(4.0, 0.0), **QUIET))
+    ),
     "compare_ends": lambda g, f: [
         analysis.compare_ends(g.motions, share=0.5, **few) for few in (QUIET, of_images(g))
     ],
