@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import prody
 import torch
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
@@ -374,6 +375,9 @@ class Disturbance:
         Every image has a background of mean 0 and standard deviation 1.
     states : str
         See `states`.
+    two_microscopes : bool
+        The second half of the particles is of another voltage and spherical aberration, which makes
+        two optics groups. Of heavy atoms only.
     """
 
     heavy: bool = False
@@ -393,10 +397,23 @@ class Disturbance:
     pixel_factor: float = 1.0
     normalised: bool = False
     states: str = "path"
+    two_microscopes: bool = False
 
 
 _MILD = (0.7, 1.4)
 _STRONG = (0.5, 2.0)
+# What a user's refinement hands over: nothing is badly wrong.
+PROJECT = Disturbance(
+    heavy=True,
+    solvent=SOLVENT_SHARE,
+    brightness=_MILD,
+    rotation_error=1.0,
+    shift_error=0.3,
+    through_ctf=0.3,
+    junk=0.05,
+    normalised=True,
+    two_microscopes=True,
+)
 # Where a condition has one strength only, its name has none.
 CONDITIONS = {
     "baseline": Disturbance(),
@@ -733,6 +750,8 @@ def draw_clean(
     frame = shown[stack.truth.frame.numpy()]
     if not disturbance.heavy:
         return stack.read_images().numpy(), stack, frame
+    if disturbance.two_microscopes:
+        stack = replace(stack, ctf=second_half_elsewhere(stack.ctf))
     b_factors = molecule.b_factors
     if disturbance.b_factor is not None:
         b_factors = np.full(len(b_factors), disturbance.b_factor)
@@ -745,6 +764,15 @@ def draw_clean(
     unit = scattering(molecule.elements) / molecule.reference.n_atoms
     images = project_particles(atoms, coords, frame, stack) / np.float32(unit)
     return images, stack, frame
+
+
+def second_half_elsewhere(ctf: CTF) -> CTF:
+    """A CTF whose second half of particles is of a microscope of 200 kV and 2.0 mm."""
+    voltage_kv = ctf.voltage_kv.clone()
+    voltage_kv[len(ctf) // 2 :] = 200.0
+    spherical_aberration_mm = ctf.spherical_aberration_mm.clone()
+    spherical_aberration_mm[len(ctf) // 2 :] = 2.0
+    return replace(ctf, voltage_kv=voltage_kv, spherical_aberration_mm=spherical_aberration_mm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -1113,6 +1141,31 @@ def short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def write_project(folder: Path, molecule: Molecule, args: argparse.Namespace) -> None:
+    """Files as a refinement leaves them: run_data.star, its images, and fitted.pdb.
+
+    And truth.csv, which no refinement has: each particle's state, 0 closed to 1 open, and whether
+    it is junk.
+    """
+    experiment = make_experiment(molecule, PROJECT, args.n, args.box, args.snr, args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(experiment.particles, truth=None).save(folder / "run_data.star")
+    # The frame of a map whose origin is at its corner, as RELION and cryoSPARC write them.
+    centre = experiment.particles.box_size // 2 * experiment.particles.pixel_size
+    atoms = experiment.reference.atoms.copy()
+    atoms.setCoords(atoms.getCoords() - experiment.reference.origin + centre)
+    with atomic_path(folder / "fitted.pdb") as part:
+        prody.writePDB(str(part), atoms)
+    ids = cc.load_particles(folder / "run_data.star").ids
+    rows = zip(ids, experiment.frame, experiment.is_junk, strict=True)
+    with atomic_path(folder / "truth.csv") as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["particle", "state", "junk"])
+        for name, frame, junk in rows:
+            writer.writerow([name, f"{frame / (len(molecule.path) - 1):.3f}", int(junk)])
+    print(f"{folder}: run_data.star with {args.n} synthetic particles, fitted.pdb, truth.csv")
+
+
 def chosen_conditions(names: Iterable[str]) -> dict[str, Disturbance]:
     """The conditions of these names, all of them where none is given."""
     names = list(names) or list(CONDITIONS)
@@ -1137,6 +1190,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--independent", action="store_true", help="heavy atoms in solvent in every condition")
     add("--device", default=None, help="of the refinement; by default a GPU where there is one")
     add("--out", type=Path, default=Path("results/realism.csv"), help="table that rows go to")
+    add("--project", type=Path, help="write a folder of files for other programs instead, and end")
     return parser.parse_args(arguments)
 
 
@@ -1147,6 +1201,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     molecule = load_molecule()
+    if args.project:
+        write_project(args.project, molecule, args)
+        return
     print_heading()
     for name, disturbance in conditions.items():
         if args.independent and not disturbance.heavy:
