@@ -1,0 +1,220 @@
+"""How far from the information limit a refinement ends, on molecules that move in different ways.
+
+A row of the table is a case and a seed. Particles are simulated by the library's own renderer, the
+program is given one end of the motion, and what is scored are held-out particles, each conformation
+superposed on the reference:
+
+- glua3: the dimer between its closed and open states; its chains move almost as rigid bodies.
+- gaussian: GluA3 with latents drawn from a Gaussian of full rank, in the model's own modes.
+- bend: both chains of GluA3 turn at a hinge of their own by 20° and bend by 4 Å besides.
+- bend-hsp90, gabab: the same of Hsp90 (2CG9), and GABA-B between 6UOA and 6UO8. They are read from
+  the folder that CRYOCHAINS_STRUCTURES names.
+
+    python benchmarks/limit.py --cases glua3 bend --seeds 0 1
+
+`ratio` is the root mean square over the limit's, `explained` the explained motion, `best` that of
+the limit, `coverage` the share of true latents in their 95 % intervals (of "gaussian" alone, where
+true latents exist), `again` the ratio of the particles that the population was learned from.
+"""
+
+import argparse
+import csv
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+
+import cryochains as cc
+from cryochains._files import atomic_path
+from cryochains.images import ParticleStack
+from cryochains.inference import Result, true_population
+from cryochains.molecule import Structure
+
+QUIET = {"progress": False}
+# Of the path from one end of a motion to the other.
+N_FRAMES = 50
+# Residues over which a hinge turns.
+HINGE_WIDTH = 6
+# What the reference's chains do besides turning, Å (RMS).
+BENDING = 4.0
+HINGE_DEGREES = 20.0
+# Å, standard deviation of the latents of "gaussian".
+SPREAD = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A molecule that moves.
+
+    Attributes
+    ----------
+    reference : Structure
+        What the program is given.
+    path : (N_FRAMES, n_atoms, 3) array or None
+        Å, drawn evenly; None where latents are drawn instead.
+    """
+
+    reference: Structure
+    path: np.ndarray | None
+
+
+def make_case(name: str, bodies: str) -> Case:
+    """The molecule of a case."""
+    if name in ("glua3", "gaussian"):
+        closed, opened = (cc.load_structure(f"glua3-{state}") for state in ("closed", "open"))
+        closed, opened = cc.match_structures(closed, opened)
+        path = cc.morph(closed, cc.superpose(opened, closed), n=N_FRAMES)
+        return Case(closed, None if name == "gaussian" else path)
+    if name == "bend":
+        reference = cc.load_structure("glua3-closed")
+        return Case(reference, bent_path(reference))
+    folder = Path(os.environ.get("CRYOCHAINS_STRUCTURES", ""))
+    if name == "bend-hsp90":
+        reference = cc.load_structure(folder / "2cg9_chainA.pdb.gz")
+        return Case(reference, bent_path(reference))
+    active, inactive = (cc.load_structure(folder / f"{code}.cif.gz") for code in ("6UO8", "6UOA"))
+    inactive, active = cc.match_structures(inactive, active)
+    return Case(inactive, cc.morph(inactive, cc.superpose(active, inactive), n=N_FRAMES))
+
+
+def bent_path(reference: Structure) -> np.ndarray:
+    """(N_FRAMES, n_atoms, 3) Å: every chain turns at its hinge, and bends.
+
+    The hinge is where a cut leaves the fewest contacts between both sides.
+    """
+    rng = np.random.default_rng(7)
+    path = np.repeat(reference.coords[None], N_FRAMES, axis=0)
+    shares = np.linspace(0, 1, N_FRAMES)
+    bending = soft_bending(reference, rng)
+    for chain in range(reference.n_chains):
+        own = np.flatnonzero(reference.chain_index == chain)
+        coords = reference.coords[own]
+        cut = best_cut(coords)
+        across = coords[cut:].mean(0) - coords[:cut].mean(0)
+        axis = np.cross(across, rng.standard_normal(3))
+        axis /= np.linalg.norm(axis)
+        turned = np.clip((np.arange(len(own)) - cut) / HINGE_WIDTH + 0.5, 0, 1)
+        for number, share in enumerate(shares):
+            angles = np.radians(HINGE_DEGREES) * share * turned
+            turn = Rotation.from_rotvec(angles[:, None] * axis)
+            path[number, own] = coords[cut] + turn.apply(coords - coords[cut])
+    return path + shares[:, None, None] * bending
+
+
+def best_cut(coords: np.ndarray) -> int:
+    """Residue before which a cut leaves the fewest contacts, in the middle three fifths."""
+    pairs = cKDTree(coords).query_pairs(10.0, output_type="ndarray")
+    first, last = np.sort(pairs, axis=1).T
+    candidates = np.arange(len(coords) // 5, 4 * len(coords) // 5)
+    contacts = [np.sum((first < cut) & (last >= cut)) for cut in candidates]
+    return int(candidates[int(np.argmin(contacts))])
+
+
+def soft_bending(reference: Structure, rng: np.random.Generator) -> np.ndarray:
+    """(n_atoms, 3) Å, `BENDING` (RMS), along the ten softest modes of every chain."""
+    modes = cc.compute_modes(reference, 10)
+    moved = np.zeros_like(reference.coords)
+    for chain, (vectors, values) in enumerate(zip(modes.vectors, modes.eigenvalues, strict=True)):
+        weights = rng.standard_normal(len(values)) / np.sqrt(values)
+        own = np.tensordot(weights, vectors, 1)
+        own *= BENDING / np.sqrt(np.square(own).sum(1).mean())
+        moved[reference.chain_index == chain] = own
+    return moved
+
+
+def simulate(case: Case, args: argparse.Namespace, seed: int) -> ParticleStack:
+    """Particles to learn from and, after them, particles that are held out."""
+    n = args.n + args.n_test
+    settings = {"box_size": args.box, "snr_db": args.snr, "seed": seed, **QUIET}
+    if case.path is not None:
+        return cc.simulate_particles(case.reference, n, conformations=case.path, **settings)
+    # Any box that holds it: a simulation takes the dynamics alone.
+    model = cc.Model(case.reference, modes=args.modes, box_size=256, pixel_size=2.0)
+    generator = torch.Generator().manual_seed(seed)
+    latents = SPREAD * torch.randn(n, model.n_latents, generator=generator)
+    return cc.simulate_particles(
+        case.reference, n, dynamics=model.dynamics, latents=latents, **settings
+    )
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
+    """One row of the table."""
+    case = make_case(name, args.bodies)
+    particles = simulate(case, args, seed)
+    model = cc.Model(case.reference, particles, modes=args.modes)
+    train, test = particles[: args.n], particles[args.n :]
+    started = time.perf_counter()
+    result = cc.refine(model, train, **QUIET)
+    seconds = time.perf_counter() - started
+    held_out = cc.refine(model, test, result.population, **QUIET)
+    scores, again = cc.score(held_out), cc.score(result)
+    # Of all particles: a sample of few has a narrower covariance than what it was drawn from.
+    population = true_population(model, particles)
+    limit = np.sqrt((cc.information_limit(model, test, population) ** 2).mean())
+    row = {
+        "case": name,
+        "bodies": args.bodies,
+        "n": args.n,
+        "box": args.box,
+        "snr_db": args.snr,
+        "modes": args.modes,
+        "seed": seed,
+        "rmsd": round(scores.rmsd, 3),
+        "limit": round(float(limit), 3),
+        "mean_rmsd": round(scores.mean_rmsd, 3),
+        "ratio": round(scores.rmsd / float(limit), 3),
+        "explained": round(1 - scores.rmsd**2 / scores.mean_rmsd**2, 3),
+        "best": round(1 - float(limit) ** 2 / scores.mean_rmsd**2, 3),
+        "again": round(again.rmsd / float(limit), 3),
+        "verdict": result.verdict.grade,
+        "seconds": round(seconds, 1),
+    }
+    if case.path is None:
+        row["coverage"] = round(covered(held_out), 3)
+    return row
+
+
+def covered(result: Result) -> float:
+    """Share of true latents, as they were drawn, within 1.96 standard deviations."""
+    off = result.latents - result.particles.truth.latents
+    return float((off.abs() < 1.96 * result.std).float().mean())
+
+
+def add_row(path: Path, row: dict[str, object]) -> None:
+    """The table anew, with one row more."""
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows.append({name: str(value) for name, value in row.items()})
+    names = list(dict.fromkeys(name for one in rows for name in one))
+    with atomic_path(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--cases", nargs="+", default=["glua3", "gaussian", "bend"])
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--n", type=int, default=400, help="particles to learn from")
+    add("--n-test", type=int, default=300, help="held-out particles")
+    add("--box", type=int, default=64, help="pixels a side")
+    add("--snr", type=float, default=0.0, help="10·log10(signal variance / noise variance)")
+    add("--modes", type=int, default=10, help="normal modes a body")
+    add("--bodies", default="chains")
+    add("--out", type=Path, default=Path("results/limit.csv"), help="table that rows go to")
+    args = parser.parse_args()
+    for name in args.cases:
+        for seed in args.seeds:
+            row = measure(name, seed, args)
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            add_row(args.out, row)
+
+
+if __name__ == "__main__":
+    main()
