@@ -217,7 +217,7 @@ def run_seed(molecule: Molecule, seed: int, args: argparse.Namespace) -> list[di
             experiments[key] = make_experiment(molecule, disturbance, args.n, args.box, snr, seed)
         row = run_fault(experiments[key], name, seed, args)
         row |= {"molecule": molecule_name(args), "n": args.n, "box": args.box, "snr": snr}
-        rows.append(row | {"modes": args.modes, "version": version()})
+        rows.append(row | {"modes": args.modes, "version": args.version})
         if args.out is not None:
             add_row(args.out, rows[-1])
     return rows
@@ -282,6 +282,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    # Of the code that runs: the checkout may change meanwhile.
+    args.version = version()
     molecule = load_molecule() if args.molecule == "glua3" else load_other(args.molecule)
     rows = [row for seed in args.seeds for row in run_seed(molecule, seed, args)]
     print(f"{'fault':18}{'hits':>7}{'significance':>13}{'s':>8}  else")
