@@ -2,14 +2,15 @@
 
 Modules, each importing only from those before it: `colors` (of chains, in all figures and scripts),
 `motions` (principal components of the latents, and the latents in units people read), `words` (a
-motion in sentences), `conformations` (latents as files of atoms), `points` (density, columns and
-error bars of particles that are drawn as points; selections as files), `residues` (density of each
-residue as the images show it), `maps` (conformations against a map that never saw the atoms),
-`halves` (two refinements that share no particle).
+motion in sentences), `conformations` (latents as files of atoms), `densities` (latents as volumes),
+`points` (density, columns and error bars of particles that are drawn as points; selections as
+files), `residues` (density of each residue as the images show it), `maps` (conformations against a
+map that never saw the atoms), `halves` (two refinements that share no particle).
 """
 
 from .colors import CHAIN_COLORS
 from .conformations import decode_ensemble, fits_pdb_text, save_conformations
+from .densities import save_densities
 from .halves import HalvesComparison, compare_halves
 from .maps import EndsComparison, MapComparison, compare_ends, compare_with_map, split_noise
 from .motions import KIND_GROUPS, PrincipalMotions, compute_pca, latent_names, latent_table
@@ -50,6 +51,7 @@ __all__ = [
     "particle_columns",
     "point_density",
     "save_conformations",
+    "save_densities",
     "save_selection",
     "split_noise",
 ]

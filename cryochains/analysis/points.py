@@ -232,7 +232,8 @@ def save_selection(
     """Write the particles at `rows` of a result as selection-1.csv (or -2, …): row, id, scores.
 
     Particles that came from files are also written as a .star of the same name, for RELION, and
-    those that came from cryoSPARC as a .cs too, with their given poses. Corrected ones
+    those that came from cryoSPARC as a .cs too, with their given poses and with the scores as
+    columns, cryochainsPC1 or cryochains/PC1 and so on. Corrected poses
     ``result.in_frame().particles.save`` writes.
 
     Parameters
@@ -269,8 +270,9 @@ def save_selection(
     particles = motions.result.in_frame("poses").particles
     if particles is not None and particles.images.paths:
         selected = particles[rows]
+        columns = {f"PC{k + 1}": scores[:, k] for k in range(scores.shape[1])}
         for suffix in sorted({".star", selected.file_suffix or ".star"}):
-            selected.save(path.with_suffix(suffix), images=False)
+            selected.save(path.with_suffix(suffix), images=False, columns=columns)
     with atomic_path(path) as part:
         table.to_csv(part, index=False)
     return path

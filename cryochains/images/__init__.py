@@ -34,6 +34,7 @@ from .reconstruction import (
     sum_shells,
     transform_volume,
     untransform_volume,
+    write_volume,
 )
 from .relion import write_particles
 from .stacks import positions
@@ -65,4 +66,5 @@ __all__ = [
     "transform_volume",
     "untransform_volume",
     "write_particles",
+    "write_volume",
 ]

@@ -22,14 +22,16 @@ from torch import Tensor
 from .._files import atomic_path
 from .ctf import CTF
 from .opening import (
+    COLUMN_PREFIX,
     ImageNames,
     Known,
     is_file,
     make_ctf,
+    present_stacks,
     unless_neutral,
     warn_of_ignored,
 )
-from .stacks import stack_beside
+from .stacks import Images, stack_beside
 
 # Field of the .cs → field of the CTF; their units are ours.
 _CTF_FIELDS = {
@@ -458,6 +460,33 @@ def blob_fields(array: np.ndarray, stack: str, box_size: int, pixel_size: float)
         "blob/sign": np.ones(n, dtype=np.float32),
     }
     return with_fields(array, columns)
+
+
+def present_fields(array: np.ndarray, path: Path, images: Images) -> np.ndarray:
+    """The array with paths by which a .cs at `path` finds its images where they are.
+
+    A path that leads there already is kept: cryoSPARC's are relative to the project.
+    """
+    moved = {
+        number: os.path.abspath(stack)
+        for number, (name, stack) in enumerate(present_stacks(path, images))
+        if name is None
+    }
+    if not moved:
+        return array
+    paths = array["blob/path"].astype(object)
+    for number, stack in moved.items():
+        kind = array.dtype["blob/path"].kind
+        paths[images.stack_index == number] = stack.encode("utf-8") if kind == "S" else stack
+    return with_fields(array, {"blob/path": np.array(paths.tolist())})
+
+
+def column_fields(array: np.ndarray, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """The array with these numbers (k,) too, as cryochains/X, which cryoSPARC does not read."""
+    fields = {
+        f"{COLUMN_PREFIX}/{name}": values.astype(np.float32) for name, values in columns.items()
+    }
+    return with_fields(array, fields)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

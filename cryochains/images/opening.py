@@ -25,6 +25,8 @@ _SAME_PIXEL_SIZE = 5e-3
 _OTHER_PIXEL_SIZE = 0.05
 # What programs write that do not know the pixel size.
 _UNSET_PIXEL_SIZE = 1.0
+# Of columns that this library adds to a table: no other program's.
+COLUMN_PREFIX = "cryochains"
 # Rows named in a warning.
 _SHOWN_ROWS = 3
 
@@ -142,7 +144,7 @@ def open_images(table: _Table, known: Known, invert: bool) -> tuple[Images, np.n
     return Images(stacks, names.file_index, names.slice_index, sign), sizes
 
 
-def find_stack(name: str, table: Path, datadir: str | os.PathLike | None = None) -> Path | None:
+def _find_stack(name: str, table: Path, datadir: str | os.PathLike | None = None) -> Path | None:
     """The file called `name` in `datadir`, in the folder of `table` or in one above it.
 
     Names are relative to the folder of the project, in which the tables lie deeper. In `datadir`
@@ -153,6 +155,24 @@ def find_stack(name: str, table: Path, datadir: str | os.PathLike | None = None)
     if datadir is not None:
         paths = [Path(datadir) / name, Path(datadir) / Path(name).name, *paths]
     return next((path for path in paths if is_file(path)), None)
+
+
+def present_stacks(table: Path, images: Images) -> list[tuple[str | None, Path]]:
+    """Of each file of images its name, by which `table` finds it where it is, and its path.
+
+    None where the name that it had does not lead to the same file from there.
+    """
+    stacks: list[tuple[str | None, Path]] = []
+    for stack in images.stacks:
+        if not isinstance(stack, StackFile):
+            raise ValueError(
+                "expected images in files to write a table alone, got images in memory; "
+                "try images=True"
+            )
+        nearby = _find_stack(stack.name, table)
+        same = nearby is not None and nearby.samefile(stack.path)
+        stacks.append((stack.name if same else None, stack.path))
+    return stacks
 
 
 def is_file(path: Path) -> bool:
@@ -166,7 +186,7 @@ def is_file(path: Path) -> bool:
 def _open_stacks(
     names: list[str], table: Path, datadir: str | os.PathLike | None
 ) -> tuple[StackFile, ...]:
-    paths = [find_stack(name, table, datadir) for name in names]
+    paths = [_find_stack(name, table, datadir) for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         listed = ", ".join(missing[:3])

@@ -5,6 +5,7 @@ until a batch asks for them, and the order of particles never changes by itself.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -410,7 +411,11 @@ class ParticleStack:
         return self[np.sort(first)], self[np.sort(second)], self[np.sort(third)]
 
     def save(
-        self, path: str | os.PathLike, images: bool = True, progress: str | None = None
+        self,
+        path: str | os.PathLike,
+        images: bool = True,
+        progress: str | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a table of the particles and the .mrcs with its images beside it, whole or neither.
 
@@ -427,13 +432,18 @@ class ParticleStack:
             `load_particles` was to bin them, and protein-bright.
         progress : str, optional
             Title of a progress bar; None shows none.
+        columns : DataFrame or dict of (n,) numbers, optional
+            More columns, such as scores: "PC1 (Å)" becomes cryochainsPC1 in a .star and
+            cryochains/PC1 in a .cs, names that neither program reads anything from.
 
         Raises
         ------
         ValueError
-            When the file cannot be written, or is the one that these images are read from.
+            When the file cannot be written, or is the one that these images are read from, or a
+            column is not one finite number a particle.
         """
         path = Path(path)
+        more = _plain_columns({} if columns is None else columns, len(self))
         if path.suffix == ".cs":
             self._require_cs_origin(path)
         else:
@@ -443,7 +453,7 @@ class ParticleStack:
                 "expected at least one particle to save, got none; try another selection"
             )
         if not images:
-            self._save_table(path)
+            self._save_table(path, more)
             return
         stack = path.with_suffix(".mrcs")
         read_from = [source for source in self.images.paths if source.exists()]
@@ -459,19 +469,22 @@ class ParticleStack:
         if path.suffix == ".cs":
             array = self._array()
             array = cryosparc.blob_fields(array, stack.name, self.box_size, self.pixel_size)
+            array = cryosparc.column_fields(array, more)
             cryosparc.write_array_and_stack(path, array, chunks, **size)
         else:
             names = relion.image_names(stack.name, len(self))
-            blocks = self._blocks(names, with_images=True)
+            blocks = relion.with_columns(self._blocks(names, with_images=True), more)
             relion.write_table_and_stack(path, blocks, chunks, **size)
 
-    def _save_table(self, path: Path) -> None:
+    def _save_table(self, path: Path, more: dict[str, np.ndarray]) -> None:
         """The table alone, for images that stay in their files."""
         if path.suffix != ".cs":
             names = relion.present_names(path, self.images)
-            relion.write_table(path, self._blocks(names, with_images=False))
+            blocks = relion.with_columns(self._blocks(names, with_images=False), more)
+            relion.write_table(path, blocks)
             return
-        array = self._array()
+        array = cryosparc.present_fields(self._array(), path, self.images)
+        array = cryosparc.column_fields(array, more)
         origin = self._origin
         if origin and (origin.known.pixel_size or self.pixel_size != origin.particles.pixel_size):
             sizes = np.full(len(self), self._written_geometry(False)[1], dtype=np.float32)
@@ -772,6 +785,29 @@ def plain_ids(ids: Sequence[str | int] | np.ndarray | Tensor) -> np.ndarray:
                 "try str of each"
             )
     return array
+
+
+def _plain_columns(columns: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    """Columns (n,) float64 by names of letters, digits and _ alone, without their units."""
+    plain: dict[str, np.ndarray] = {}
+    for name in columns:
+        word = re.sub(r"[^A-Za-z0-9]+", "_", re.sub(r"\(.*\)", "", str(name))).strip("_")
+        try:
+            values = np.asarray(columns[name], dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.zeros(0)
+        if values.shape != (n,) or not np.isfinite(values).all():
+            raise ValueError(
+                f"expected one finite number a particle in the column {name!r}, got "
+                f"{np.shape(columns[name])} for {n:,}; try the same selection of both"
+            )
+        if not word or word in plain:
+            raise ValueError(
+                f"expected columns of different names of letters and digits, got {name!r}; "
+                "try PC1, PC2 and so on"
+            )
+        plain[word] = values
+    return plain
 
 
 def _same_metadata(particles: ParticleStack, others: ParticleStack) -> bool:

@@ -116,13 +116,8 @@ class Map:
                 f"try {path.name.split('.')[0] or 'map'}.mrc"
             )
         corner = self.origin - self.box_size // 2 * self.pixel_size
-        with atomic_path(path) as part, mrcfile.new(part, overwrite=True) as mrc:
-            mrc.set_data(np.ascontiguousarray(self.volume, dtype=np.float32))
-            mrc.set_volume()
-            mrc.voxel_size = self.pixel_size
-            mrc.header.origin.x = corner[0]
-            mrc.header.origin.y = corner[1]
-            mrc.header.origin.z = corner[2]
+        with atomic_path(path) as part:
+            write_volume(part, self.volume, self.pixel_size, corner)
         return path
 
     def __repr__(self) -> str:
@@ -345,6 +340,36 @@ def draw_volume(
     spectrum[:, box_size // 2] = 0
     spectrum[..., -1] = 0
     return untransform_volume(spectrum)
+
+
+def write_volume(
+    path: str | os.PathLike,
+    volume: np.ndarray,
+    pixel_size: float,
+    corner: np.ndarray | Sequence[float],
+) -> None:
+    """Write a (z, y, x) volume as an MRC file in float32.
+
+    Parameters
+    ----------
+    path : path
+        Written as it goes: that of `atomic_path`.
+    volume : array
+    pixel_size : float
+        Å a voxel.
+    corner : (3,) array
+        (x, y, z) of the centre of the first voxel in Å, in the frame of the structure.
+
+    Examples
+    --------
+    >>> with atomic_path("results/doc/cube.mrc") as part:
+    ...     write_volume(part, np.ones((4, 4, 4)), 2.0, (0.0, 0.0, 0.0))
+    """
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(np.ascontiguousarray(volume, dtype=np.float32))
+        mrc.set_volume()
+        mrc.voxel_size = pixel_size
+        mrc.header.origin.x, mrc.header.origin.y, mrc.header.origin.z = corner
 
 
 def resolution_of(fsc: np.ndarray, side: float) -> float:

@@ -20,14 +20,15 @@ from torch import Tensor
 from .._files import atomic_path
 from .ctf import CTF
 from .opening import (
+    COLUMN_PREFIX,
     ImageNames,
     Known,
-    find_stack,
     make_ctf,
+    present_stacks,
     unless_neutral,
     warn_of_ignored,
 )
-from .stacks import Images, StackFile, stack_beside
+from .stacks import Images, stack_beside
 from .star import parse_numbers, read_star
 
 _EULER_COLUMNS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
@@ -689,15 +690,23 @@ def present_names(star: Path, images: Images) -> list[str]:
 
     A name from the file is kept where it leads to the same images.
     """
-    names = []
-    for stack in images.stacks:
-        if not isinstance(stack, StackFile):
-            raise ValueError(
-                "expected images in files to write a .star alone, got images in memory; "
-                "try images=True"
-            )
-        nearby = find_stack(stack.name, star)
-        same = nearby is not None and nearby.samefile(stack.path)
-        names.append(stack.name if same else os.path.abspath(stack.path))
+    names = [name or os.path.abspath(path) for name, path in present_stacks(star, images)]
     pairs = zip(images.stack_index, images.slice_index, strict=True)
     return [f"{number + 1:06d}@{names[stack]}" for stack, number in pairs]
+
+
+def with_columns(blocks: dict, columns: dict[str, np.ndarray]) -> dict:
+    """Blocks whose table of particles has these columns of numbers too, or in place of its own.
+
+    Named cryochainsX: RELION keeps columns that it does not know, and reads nothing from them.
+    """
+    cells = {
+        f"{COLUMN_PREFIX}{name}": [f"{value:.9g}" for value in values.tolist()]
+        for name, values in columns.items()
+    }
+    return {
+        name: block.assign(**cells)
+        if isinstance(block, pd.DataFrame) and "rlnImageName" in block
+        else block
+        for name, block in blocks.items()
+    }

@@ -311,13 +311,15 @@ def check(
     docking = dock(gains.comparison)
     items, winner = _judge_readings(gains, docking)
     scale = None
-    if winner == _GIVEN:
+    # Of a reference that is not seen, nothing is measured.
+    seen = winner == _GIVEN and items[0].status == _STATUSES[0]
+    if seen:
         scale = measure_scale(model, gains.comparison)
     items.append(_judge_scale(particles, scale))
     items.append(_usable_item(usable))
-    items += _judge_signal(gains, winner == _GIVEN)
+    items += _judge_signal(gains, seen)
     items += _judge_table(model, particles)
-    sound = winner == _GIVEN and all(item.status != _STATUSES[2] for item in items)
+    sound = seen and all(item.status != _STATUSES[2] for item in items)
     items.append(_judge_limit(model, particles[chosen], sound))
     return Check(
         tuple(items),
@@ -337,6 +339,8 @@ class _Gains:
     log_likelihood: dict[str, Tensor]
     match: np.ndarray
     signal_share: float
+    # Of the power of an image: what signal of the reference would not have been seen.
+    hidden_share: float
 
     def gain(self, name: str) -> tuple[float, float]:
         """Mean gain an image over the images as given, in nats, and its significance."""
@@ -379,7 +383,22 @@ def _compare_readings(model: Model, particles: ParticleStack, rows: np.ndarray) 
     match = match / middle if middle > 0 else match
     signal = (brightness.square() * power).sum(1).mean() / comparison.n_pixels
     log_likelihood = {name: comparison.log_likelihood(*sums) for name, sums in overlaps.items()}
-    return _Gains(comparison, log_likelihood, match.cpu().numpy(), float(signal))
+    hidden = _hidden_share(comparison, overlap, power)
+    return _Gains(comparison, log_likelihood, match.cpu().numpy(), float(signal), hidden)
+
+
+def _hidden_share(comparison: Comparison, overlap: Tensor, power: Tensor) -> float:
+    """Share of the power below which the reference would not be seen in these images.
+
+    From (n, R) ⟨y, f⟩ and ⟨f, f⟩, with one A for all rings, the highest not contradicted.
+    """
+    precision = float((power.sum(0) * comparison.inverse_noise).sum())
+    if precision <= 0:
+        return 1.0
+    brightness = float((overlap.sum(0) * comparison.inverse_noise).sum()) / precision
+    # The images are compared with those of other particles, which have as much noise.
+    highest = max(brightness, 0.0) + _DOUBTFUL_GAIN * (2 / precision) ** 0.5
+    return highest**2 * float(power.sum(1).mean()) / comparison.n_pixels
 
 
 def _readings(
@@ -538,8 +557,18 @@ def _reference_item(gains: _Gains, unexplained: bool) -> CheckItem:
     )
     if not unexplained:
         return CheckItem("reference", _STATUSES[1], gain, significance, sentence)
+    hidden = 10 * np.log10(max(gains.hidden_share, 1e-6))
+    if gains.hidden_share > _FAINT:
+        sentence += (
+            f": too noisy to tell, since a signal of {hidden:.0f} dB would not be seen; try more "
+            "particles, or n= for more of them"
+        )
+        return CheckItem("reference", _STATUSES[1], gain, significance, sentence)
     status = _STATUSES[2 if significance < _DOUBTFUL_GAIN else 1]
-    sentence += "; try other poses, the right structure, or more particles"
+    sentence += (
+        f", though a signal above {hidden:.0f} dB would be seen; try other poses, the right "
+        "structure, or more particles"
+    )
     return CheckItem("reference", status, gain, significance, sentence)
 
 

@@ -1,5 +1,6 @@
 """Figures. Each `plot_` function returns a matplotlib Figure and changes no global state."""
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from textwrap import wrap
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ..analysis import (
     CHAIN_COLORS,
@@ -51,6 +53,10 @@ __all__ = [
 _MAX_POINTS = 2000
 # Arrows of a mode, at most.
 _MAX_ARROWS = 150
+# Bars point to the right where something else fits better: a smaller molecule as much as a larger
+# one, and the poses of other particles with the reference's own.
+_SIGNED: dict[str, Callable[[float], float]] = {"pixel size": abs, "reference": operator.neg}
+_SIGNIFICANCE_TICKS = (-1000, -300, -100, -30, -10, 0, 10, 30, 100, 300, 1000)
 # Characters in a line of a title, of a figure and of a panel.
 _TITLE_WIDTH = 110
 _PANEL_TITLE_WIDTH = 55
@@ -753,8 +759,9 @@ def plot_check(check: Check) -> Figure:
     """What a check looked at: significances, how well images match, and directions of view.
 
     Left, how many standard errors better (right of the line) or worse the best other reading of the
-    table fits; in the middle the match of every image with the reference's projection, 1 for the
-    middle one; right the directions that particles are seen from, in the frame of the reference.
+    table fits, the poses of other particles among them, and how far the pixel size is off; in the
+    middle the match of every image with the reference's projection, 1 for the middle one; right the
+    directions that particles are seen from, in the frame of the reference.
 
     Parameters
     ----------
@@ -784,11 +791,16 @@ def plot_check(check: Check) -> Figure:
 
 
 def _draw_significances(axis: Axes, check: Check) -> None:
-    """A bar an item whose significance is known; the scale is that of a cube root."""
+    """A bar an item whose significance is known; to the right, another reading fits better."""
     items = [item for item in check.items if np.isfinite(item.significance)][::-1]
-    values = np.array([item.significance for item in items])
+    values = [_SIGNED.get(item.name, float)(item.significance) for item in items]
     colors = [GRADE_COLORS[_STATUS_GRADES[item.status]] for item in items]
-    axis.barh([item.name for item in items], values, color=colors)
+    names = ["other particles' poses" if item.name == "reference" else item.name for item in items]
+    axis.barh(names, values, color=colors)
     axis.set_xscale("symlog", linthresh=5)
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in _SIGNIFICANCE_TICKS if low <= tick <= high]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.axvline(0, color="k", lw=0.8)
-    axis.set_xlabel("standard errors")
+    axis.set_xlabel("standard errors (right: fits better than as given)")

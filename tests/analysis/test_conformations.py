@@ -276,3 +276,7 @@ def test_more_than_62_chains(many, tmp_path):
     with pytest.raises(ValueError, match="expected at most 62 chains.* got 72; try a .*.cif"):
         save_conformations(tmp_path / "b.pdb", model, latents)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-models.cif", "a.cxc"]
+    # A DCD holds any number of atoms, and is read on the atoms of the .cif.
+    frames = prody.parseDCD(str(save_conformations(tmp_path / "c.dcd", model, latents)))
+    frames.setAtoms(read)
+    np.testing.assert_allclose(frames.getCoordsets(), expected, atol=1e-4)

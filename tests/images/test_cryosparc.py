@@ -307,3 +307,95 @@ def test_fields_are_replaced_where_they_are():
     array = np.zeros(2, dtype=[("a", "i4"), ("b", "f4"), ("c", "S2")])
     result = with_fields(array, {"b": np.ones((2, 2)), "d": np.arange(2)})
     assert result.dtype.names == ("a", "b", "c", "d") and result["b"].shape == (2, 2)
+
+
+def test_a_subset_finds_its_images_from_any_folder(project):
+    root = project.parent.parent
+    elsewhere = root.parent / f"{root.name}-other"
+    subset = load_particles(project)[[7, 3]]
+    for folder in (root / "J30", root / "J24" / "deeper", elsewhere):
+        subset.save(folder / "subset.cs", images=False)
+        paths = read_cs(folder / "subset.cs").array["blob/path"].tolist()
+        kept = b">J19/extract/a.mrc"
+        absolute = str(root / "J19/extract/a.mrc").encode()
+        assert paths == [absolute if folder == elsewhere else kept] * 2
+        assert_same(load_particles(folder / "subset.cs"), subset_of(subset, folder, root), atol=0)
+    # Moved to a sibling folder, and a subset of a subset.
+    (root / "J31").mkdir()
+    (root / "J30/subset.cs").rename(root / "J31/moved.cs")
+    moved = load_particles(root / "J31/moved.cs")[[1]]
+    assert_same(moved, subset[[1]], atol=0)
+    moved.save(elsewhere / "one.cs", images=False)
+    one = load_particles(elsewhere / "one.cs")
+    assert torch.equal(one.read_images(), subset.read_images([1]))
+    before, after = read_cs(project).array[[3]], read_cs(elsewhere / "one.cs").array
+    assert after.dtype.names == before.dtype.names
+    for name in before.dtype.names:
+        assert name == "blob/path" or after[name].tobytes() == before[name].tobytes()
+
+
+def subset_of(particles, folder, root):
+    """The particles with the ids that a table in this folder gives them."""
+    if folder.is_relative_to(root):
+        return particles
+    ids = [one.replace("J19", str(root / "J19")) for one in particles.ids]
+    return replace(particles, ids=ids)
+
+
+@pytest.mark.parametrize("kind", ["multi", "class"])
+def test_corrected_poses_of_several_classes_are_read_again(project, kind):
+    values = fields()
+    pose, shift = values.pop("alignments3D/pose"), values.pop("alignments3D/shift")
+    values.pop("alignments3D/psize_A")
+    prefix = "alignments3D_multi" if kind == "multi" else "alignments_class_0"
+    if kind == "multi":
+        pose, shift = pose[:, None], shift[:, None]
+    values |= {f"{prefix}/pose": pose, f"{prefix}/shift": shift}
+    values |= {f"{prefix}/class_posterior": np.ones(pose.shape[:-1], dtype=np.float32)}
+    particles = load_particles(write_cs(project.parent / "many.cs", values))
+    changed = replace(particles, rotations=random_rotations(N, seed=3), shifts=particles.shifts + 1)
+    changed.save(project.parent / "changed.cs", images=False)
+    assert_same(load_particles(project.parent / "changed.cs"), changed)
+    after = read_cs(project.parent / "changed.cs").array
+    for name in values:
+        assert after[name].tobytes() == read_cs(project.parent / "many.cs").array[name].tobytes()
+
+
+def test_more_columns_go_into_either_table(project):
+    particles = load_particles(project)[[4, 1, 2]]
+    scores = {"PC1 (Å)": [1.5, -2.0, 0.25], "weight": np.array([1, 0, 1])}
+    particles.save(project.parent / "more.cs", images=False, columns=scores)
+    particles.save(project.parent / "more.star", images=False, columns=scores)
+    names = {".cs": "cryochains/", ".star": "cryochains"}
+    for suffix, prefix in names.items():
+        again = load_particles(project.parent / f"more{suffix}", invert=suffix == ".star")
+        assert_same(again, particles)
+        assert again.columns[f"{prefix}PC1"].tolist() == [1.5, -2.0, 0.25]
+        # Kept in a subset, and replaced by a column of the same name.
+        again[[2, 0]].save(
+            project.parent / f"less{suffix}", images=False, columns={"weight": [5, 6]}
+        )
+        less = load_particles(project.parent / f"less{suffix}").columns
+        assert less[f"{prefix}PC1"].tolist() == [0.25, 1.5]
+        assert less[f"{prefix}weight"].tolist() == [5, 6]
+        assert list(less.columns) == list(again.columns)
+    before = read_cs(project).array[[4, 1, 2]]
+    after = read_cs(project.parent / "more.cs").array
+    for name in before.dtype.names:
+        assert after[name].tobytes() == before[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"a": [1.0]}, r"one finite number a particle in the column 'a', got \(1,\) for 12"),
+        ({"a": [np.nan] * N}, "one finite number a particle in the column 'a'"),
+        ({"a": ["x"] * N}, "one finite number a particle in the column 'a'"),
+        ({"(Å)": [1.0] * N}, "names of letters and digits, got '\\(Å\\)'; try PC1"),
+        ({"a b": [1.0] * N, "a-b": [1.0] * N}, "different names .* got 'a-b'"),
+    ],
+)
+def test_columns_that_cannot_be_written(project, columns, message):
+    with pytest.raises(ValueError, match=message):
+        load_particles(project).save(project.parent / "b.cs", images=False, columns=columns)
+    assert not (project.parent / "b.cs").exists()

@@ -166,6 +166,27 @@ def test_a_selection_can_name_the_images_where_they_are(saved, tmp_path):
         make().save(tmp_path / "b.star", images=False)
 
 
+def test_corrected_poses_of_a_subset_of_a_subset(saved, tmp_path):
+    particles = load_particles(saved)[[7, 3, 12, 5]]
+    particles.save(tmp_path / "Select" / "one.star", images=False)
+    subset = load_particles(tmp_path / "Select" / "one.star")[[2, 0]]
+    changed = replace(subset, rotations=random_rotations(2, seed=9), shifts=subset.shifts - 1)
+    for folder in (tmp_path / "Other", tmp_path.parent / f"{tmp_path.name}-other"):
+        changed.save(folder / "two.star", images=False)
+        assert_same(changed, load_particles(folder / "two.star"), atol=1e-5)
+    text = {"parse_as_string": ["rlnHelicalTubeID", "rlnNormCorrection"]}
+    before, after = (starfile.read(p, **text) for p in (saved, tmp_path / "Other" / "two.star"))
+    assert after["optics"].equals(before["optics"]) and after["general"] == before["general"]
+    assert list(after["particles"].columns) == list(before["particles"].columns)
+    poses = [name for name in before["particles"] if name.startswith(("rlnAngle", "rlnOrigin"))]
+    expected = before["particles"].iloc[[12, 7]].reset_index(drop=True).drop(columns=poses)
+    assert after["particles"].drop(columns=poses).equals(expected)
+    # A table that was moved to a sibling folder finds its images.
+    (tmp_path / "Third").mkdir()
+    (tmp_path / "Other" / "two.star").rename(tmp_path / "Third" / "moved.star")
+    assert_same(changed, load_particles(tmp_path / "Third" / "moved.star"), atol=1e-5)
+
+
 def test_order_is_kept_through_shuffle_split_and_file(tmp_path):
     stack = make(50)
     number = stack.read_images()[:, 0, 0].floor()

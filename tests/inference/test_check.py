@@ -152,6 +152,17 @@ def test_noise_is_not_called_the_reference(model, particles):
     result = check(model, replace(particles, images=noise))
     assert red(result) == ["reference"]
     assert "noise" not in result.problem and "other poses" in result.problem
+    assert "would be seen" in result.problem and np.isnan(result["pixel size"].value)
+
+
+def test_few_faint_images_are_too_noisy_to_tell(closed, opened):
+    faint = simulate(closed, opened, n=8, snr_db=-30.0)
+    result = check(Model(closed, faint, modes=4), faint)
+    assert result["reference"].status == "yellow" and not red(result)
+    assert "too noisy to tell" in result["reference"].sentence
+    # Nothing is measured of what is not seen.
+    for name in ("pixel size", "junk", "limit"):
+        assert result[name].status == "green" and np.isnan(result[name].value)
 
 
 def test_brightness_and_outliers_do_not_count(model, particles, sound):

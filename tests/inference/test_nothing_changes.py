@@ -248,6 +248,9 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         4.0,
         3.0,
     ),
+    "write_volume": lambda g, f: images.write_volume(
+        f / "a.mrc", g.closed.coords[None, :8], 2.0, g.closed.origin
+    ),
     "write_particles": lambda g, f: images.write_particles(
         f / "b.star",
         [g.in_memory.read_images()],
@@ -402,11 +405,12 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         analysis.save_conformations(f / name, g.model, g.latents[:2])
         for name in ("a.pdb", "b.cif", "c.dcd", "d.cxc")
     ],
+    "save_densities": lambda g, f: analysis.save_densities(f / "a.mrc", g.model, g.latents[:2]),
     "save_selection": lambda g, f: analysis.save_selection(f, g.motions, np.array([1, 5])),
     # view
     "save_motion": lambda g, f: [
         cryochains.view.save_motion(f / name, g.motions, n=3)
-        for name in ("a.pdb", "b.cif", "c.dcd", "d.cxc", "e.gif")
+        for name in ("a.pdb", "b.cif", "c.dcd", "d.cxc", "e.gif", "f.mrc")
     ],
     "explore": lambda g, f: with_widgets(cryochains.view.explore, g.result),
     "view_modes": lambda g, f: with_widgets(cryochains.view.view_modes, g.closed, g.modes),

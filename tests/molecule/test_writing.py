@@ -206,6 +206,18 @@ def test_more_atoms_than_pdb_text_counts(tmp_path, monkeypatch):
         write_structure(trace(2), "out", tmp_path / "out.pdb")
 
 
+def test_mmcif_holds_any_number_of_atoms_and_models(tmp_path):
+    atoms = trace(20, 5001)
+    with pytest.raises(ValueError, match="at most 99,999 atoms .* got 100,020; try .*.cif"):
+        write_structure(atoms, "out", tmp_path / "out.pdb")
+    coords = atoms.getCoords() / 100
+    atoms.setCoords(np.stack([coords, coords[::-1]]))
+    write_structure(atoms, "out", tmp_path / "out.cif")
+    read = prody.parseMMCIF(str(tmp_path / "out.cif"))
+    np.testing.assert_allclose(read.getCoordsets(), atoms.getCoordsets(), atol=5.001e-4)
+    assert read.getSegnames()[-1] == "c19"
+
+
 @pytest.mark.parametrize("suffix", ["pdb", "cif"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_coordinates_that_are_not_finite(tmp_path, suffix, value):

@@ -38,6 +38,14 @@ def test_without_numbers_there_are_21_conformations(motions, tmp_path):
     assert prody.parseDCD(str(tmp_path / "a.dcd")).numCoordsets() == 21
 
 
+def test_densities_are_a_series(motions, tmp_path):
+    first = save_motion(tmp_path / "pc1.mrc", motions, n=3, resolution=20.0)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert first.name == names[0] and names == [f"pc1-00{number}.mrc" for number in (1, 2, 3)]
+    with pytest.raises(ValueError, match="ends in .mrc for resolution=, got a.pdb; try it without"):
+        save_motion(tmp_path / "a.pdb", motions, resolution=20.0)
+
+
 def test_movie_by_its_suffix(motions, tmp_path):
     with Image.open(save_motion(tmp_path / "a.gif", motions, n=4)) as movie:
         assert movie.n_frames == 4 and movie.format == "GIF"
@@ -49,7 +57,7 @@ def test_suffixes_in_capitals(motions, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["a.xyz", "a", "a.mrc", "a.pdb.gz"])
+@pytest.mark.parametrize("name", ["a.xyz", "a", "a.ccp4", "a.pdb.gz"])
 def test_other_suffixes(motions, tmp_path, name):
     sentence = f"expected a path that ends in one of .pdb, .*.mp4, got {name}; try a.pdb"
     with pytest.raises(ValueError, match=sentence):
@@ -57,7 +65,7 @@ def test_other_suffixes(motions, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".pdb", ".cif", ".dcd", ".cxc", ".gif"])
+@pytest.mark.parametrize("suffix", [".pdb", ".cif", ".dcd", ".cxc", ".mrc", ".gif"])
 def test_component_that_does_not_exist(motions, tmp_path, suffix):
     with pytest.raises(ValueError, match="expected a component from 0 to 4, got 7"):
         save_motion(tmp_path / f"a{suffix}", motions, 7)
