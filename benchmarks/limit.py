@@ -6,9 +6,9 @@ superposed on the reference:
 
 - glua3: the dimer between its closed and open states; its chains move almost as rigid bodies.
 - gaussian: GluA3 with latents drawn from a Gaussian of full rank, in the model's own modes.
-- bend: both chains of GluA3 turn at a hinge of their own by 20° and bend by 4 Å besides.
-- bend-hsp90, gabab: the same of Hsp90 (2CG9), and GABA-B between 6UOA and 6UO8. They are read from
-  the folder that CRYOCHAINS_STRUCTURES names.
+- bend, bend-gabab, bend-igg: every chain of GluA3, GABA-B (6UOA) or an antibody (1HZH) turns at
+  its hinge by 20° and bends by 4 Å besides.
+- gabab: between 6UOA and 6UO8. These files are in the folder that CRYOCHAINS_STRUCTURES names.
 
     python benchmarks/limit.py --cases glua3 bend --seeds 0 1
 
@@ -64,22 +64,29 @@ class Case:
 
 
 def make_case(name: str, bodies: str) -> Case:
-    """The molecule of a case."""
+    """The molecule of a case, with chains or domains as bodies."""
     if name in ("glua3", "gaussian"):
-        closed, opened = (cc.load_structure(f"glua3-{state}") for state in ("closed", "open"))
-        closed, opened = cc.match_structures(closed, opened)
-        path = cc.morph(closed, cc.superpose(opened, closed), n=N_FRAMES)
-        return Case(closed, None if name == "gaussian" else path)
-    if name == "bend":
-        reference = cc.load_structure("glua3-closed")
-        return Case(reference, bent_path(reference))
-    folder = Path(os.environ.get("CRYOCHAINS_STRUCTURES", ""))
-    if name == "bend-hsp90":
-        reference = cc.load_structure(folder / "2cg9_chainA.pdb.gz")
-        return Case(reference, bent_path(reference))
-    active, inactive = (cc.load_structure(folder / f"{code}.cif.gz") for code in ("6UO8", "6UOA"))
-    inactive, active = cc.match_structures(inactive, active)
-    return Case(inactive, cc.morph(inactive, cc.superpose(active, inactive), n=N_FRAMES))
+        pair = load("glua3-closed"), load("glua3-open")
+    elif name == "gabab":
+        pair = load("6UOA.cif.gz"), load("6UO8.cif.gz")
+    else:
+        source = {"bend": "glua3-closed", "bend-gabab": "6UOA.cif.gz", "bend-igg": "1hzh.pdb.gz"}
+        reference = load(source[name])
+        return Case(with_bodies(reference, bodies), bent_path(reference))
+    given, other = cc.match_structures(*pair)
+    path = cc.morph(given, cc.superpose(other, given), n=N_FRAMES)
+    return Case(with_bodies(given, bodies), None if name == "gaussian" else path)
+
+
+def load(source: str) -> Structure:
+    """An embedded molecule, or a file."""
+    folder = os.environ.get("CRYOCHAINS_STRUCTURES", "")
+    return cc.load_structure(source if source.startswith("glua3") else Path(folder) / source)
+
+
+def with_bodies(structure: Structure, bodies: str) -> Structure:
+    """The same atoms in the same order; domains are contiguous in the sequence."""
+    return structure.as_domains() if bodies == "domains" else structure
 
 
 def bent_path(reference: Structure) -> np.ndarray:
@@ -116,8 +123,8 @@ def best_cut(coords: np.ndarray) -> int:
 
 
 def soft_bending(reference: Structure, rng: np.random.Generator) -> np.ndarray:
-    """(n_atoms, 3) Å, `BENDING` (RMS), along the ten softest modes of every chain."""
-    modes = cc.compute_modes(reference, 10)
+    """(n_atoms, 3) Å, `BENDING` (RMS) of every chain, by modes of another network."""
+    modes = cc.compute_modes(reference, 40, cutoff=10.0)
     moved = np.zeros_like(reference.coords)
     for chain, (vectors, values) in enumerate(zip(modes.vectors, modes.eigenvalues, strict=True)):
         weights = rng.standard_normal(len(values)) / np.sqrt(values)
@@ -206,7 +213,7 @@ def main() -> None:
     add("--box", type=int, default=64, help="pixels a side")
     add("--snr", type=float, default=0.0, help="10·log10(signal variance / noise variance)")
     add("--modes", type=int, default=10, help="normal modes a body")
-    add("--bodies", default="chains")
+    add("--bodies", default="chains", help="or domains")
     add("--out", type=Path, default=Path("results/limit.csv"), help="table that rows go to")
     args = parser.parse_args()
     for name in args.cases:

@@ -676,7 +676,7 @@ def _first_state(run: _Run, constants: _Constants) -> _State:
     }
     known = None
     if population is None:
-        covariance = constants.prior.variance.diag()
+        covariance = constants.prior.covariance(constants.prior.variance)
         mean = covariance.new_zeros(p)
     else:
         covariance = population.covariance.to(device).double()

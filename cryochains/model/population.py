@@ -5,7 +5,7 @@ prior.
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._files import load_tensors, save_tensors
-from ..molecule import Beads
+from ..molecule import Beads, Structure
 from .dynamics import KINDS, Dynamics
 from .model import Model, require_same_model
 
@@ -23,6 +23,8 @@ START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
 MAX_BOND_STRETCH = 4.0
 # Å, nodes of a chain that are nearer are neighbours along it.
 _BONDED_DISTANCE = 8.0
+# Å, by which nodes at a joint of two bodies are thought to part; to first order in the turns.
+_JOINT_GAP = 2.0
 # What is thought of the variances before any image was seen counts as much as so many particles.
 _PRIOR_PARTICLES = 20
 PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
@@ -199,21 +201,69 @@ class ElasticPrior:
         Å; see `mode_limit`.
     kinds : tuple of (p,) bool tensors
         Which latents are of each kind that this model has.
+    joints : (p, p) float64 tensor or None
+        Precision by which bodies that a bond joins stay together; see `joint_precision`.
     """
 
     variance: Tensor
     limit: Tensor
     kinds: tuple[Tensor, ...]
+    joints: Tensor | None = None
+
+    def covariance(self, variance: Tensor) -> Tensor:
+        """(p, p) of latents with these variances (p,), but that joints do not part."""
+        if self.joints is None:
+            return variance.diag()
+        return (variance.reciprocal().diag() + self.joints).inverse()
 
 
 def elastic_prior(dynamics: Dynamics) -> ElasticPrior:
     """The prior's constants, on the device of `dynamics`."""
     masks = [torch.from_numpy(dynamics.latent_kind == kind) for kind in KINDS]
+    joints = joint_precision(dynamics)
     return ElasticPrior(
         elastic_variance(dynamics).to(dynamics.device),
         mode_limit(dynamics).to(dynamics.device),
         tuple(mask.to(dynamics.device) for mask in masks if mask.any()),
+        None if joints is None else joints.to(dynamics.device),
     )
+
+
+def joint_precision(dynamics: Dynamics) -> Tensor | None:
+    """(p, p) Å⁻², Σ over joints of JᵀJ / gap²; None where no bond joins two bodies.
+
+    J (3, p) is the derivative of the vector from one bonded node to the next by the latents, at the
+    reference: parts of one chain turn and shift, but together where they meet.
+    """
+    structure = dynamics.structure
+    plain = replace(dynamics, beads=None).to("cpu")
+    atom_of_node = np.searchsorted(structure.rows, structure.node_rows)
+    zero = torch.zeros(1, dynamics.n_latents, dtype=torch.float64)
+    rows = []
+    for pair in _joined_nodes(structure):
+        step = torch.zeros(3, dynamics.n_latents, dtype=torch.float64)
+        for node, sign in zip(pair, (-1.0, 1.0), strict=True):
+            chain = int(structure.node_chain[node])
+            layout = dynamics.chains[chain]
+            atom = int(atom_of_node[node]) - layout.atoms.start
+            step[:, layout.latents] += sign * plain.tangents(zero, chain)[0, :, atom].T
+        rows.append(step)
+    if not rows:
+        return None
+    jacobian = torch.cat(rows)
+    return jacobian.T @ jacobian / _JOINT_GAP**2
+
+
+def _joined_nodes(structure: Structure) -> list[tuple[int, int]]:
+    """Pairs of nodes next to each other in a chain's sequence that are of different bodies."""
+    chids = structure.atoms.getChids()[structure.node_rows]
+    order = np.lexsort((structure.atoms.getResnums()[structure.node_rows], chids))
+    first, second = order[:-1], order[1:]
+    apart = structure.node_coords[second] - structure.node_coords[first]
+    joined = chids[first] == chids[second]
+    joined &= structure.node_chain[first] != structure.node_chain[second]
+    joined &= np.linalg.norm(apart, axis=1) < _BONDED_DISTANCE
+    return list(zip(first[joined].tolist(), second[joined].tolist(), strict=True))
 
 
 def elastic_variance(dynamics: Dynamics) -> Tensor:
@@ -266,4 +316,4 @@ def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
     # Variances are soon the particles' own; what p² correlations would say by chance takes p
     # particles to believe.
     target = (observed + _PRIOR_PARTICLES * target) / (n + _PRIOR_PARTICLES)
-    return (scatter + p * target.diag()) / (n + p)
+    return (scatter + p * prior.covariance(target)) / (n + p)

@@ -5,12 +5,14 @@ Modules, each importing only from those before it:
 - `residues`: nodes of the elastic network, scattering, which node an atom moves with
 - `sources`: atoms from an embedded example, a file, a PDB id or ProDy
 - `writing`: atoms to PDB text and mmCIF
+- `network`: the elastic network of a set of nodes, and its softest motions
+- `domains`: where a chain is cut into parts that are stiffer than it
 - `structure`: `Structure`, a molecule as bodies that move
 - `beads`: the few Gaussians a residue that a molecule is drawn with
 - `superposition`: superposition of two conformations, and a morph between them
 - `pairing`: which body and which residue of one structure is which of another
 - `matching`: two structures cut down to what they share
-- `modes`: normal modes of the elastic network
+- `modes`: normal modes of every body
 - `screws`: the change between two conformations as axis, angle, shift and bending
 - `storage`: structures and modes as arrays and JSON
 """

@@ -17,6 +17,7 @@ import numpy as np
 import prody
 from scipy.spatial import cKDTree
 
+from .domains import cut_chains
 from .residues import (
     assign_nodes,
     atomic_numbers,
@@ -165,6 +166,44 @@ class Structure:
         one_body = np.zeros_like(self.atom_chain)
         return replace(self, chain_ids=("+".join(self.chain_ids),), atom_chain=one_body)
 
+    def as_domains(self) -> "Structure":
+        """The same molecule with chains cut where its elastic network bends most easily.
+
+        Into semi-rigid parts of 30 residues or more, "A1" and "A2" of "A"; chains that are one
+        domain stay whole. Two structures are matched first and then cut, so that both are cut
+        alike: ``with_coords`` keeps the bodies.
+
+        Raises
+        ------
+        ValueError
+            When the molecule is in pieces.
+        """
+        domain = cut_chains(self.node_coords, self.node_chain)
+        names: list[str] = []
+        part_of_node = np.zeros(self.n_nodes, dtype=int)
+        for c, name in enumerate(self.chain_ids):
+            own = self.node_chain == c
+            parts = [f"{name}{k + 1}" for k in range(domain[own].max() + 1)]
+            if set(parts) & set(self.chain_ids):
+                parts = [f"{name}.{k + 1}" for k in range(len(parts))]
+            part_of_node[own] = len(names) + domain[own]
+            names += parts if len(parts) > 1 else [name]
+        part = part_of_node[self.atom_node]
+        order = np.argsort(part, kind="stable")
+        new_row = np.argsort(order)
+        node_order = np.argsort(new_row[self.node_rows])
+        row_order = np.argsort(new_row[self.rows])
+        return replace(
+            self,
+            atoms=select_rows(self.atoms, order),
+            chain_ids=tuple(names),
+            atom_chain=part[order],
+            atom_node=np.argsort(node_order)[self.atom_node[order]],
+            rows=new_row[self.rows][row_order],
+            node_rows=new_row[self.node_rows][node_order],
+            weights=self.weights[row_order],
+        )
+
     def with_coords(self, coords: np.ndarray) -> "Structure":
         """The same molecule with other coordinates of all atoms, (n_all, 3) Å; the origin stays.
 
@@ -214,10 +253,29 @@ class Structure:
         """
         write_structure(self.atoms, self.name, path)
 
+    @cached_property
+    def residue_ranges(self) -> tuple[str, ...]:
+        """First and last residue of every body, such as "A 20–180"; author's chain and numbers."""
+        chids = self.atoms.getChids()[self.node_rows]
+        numbers = self.atoms.getResnums()[self.node_rows]
+        ranges = []
+        for c in range(self.n_chains):
+            own = np.flatnonzero(self.node_chain == c)
+            first, last = own[0], own[-1]
+            end = f"{numbers[last]}"
+            if chids[last] != chids[first]:
+                end = f"{chids[last]} {end}"
+            ranges.append(f"{chids[first]} {numbers[first]}–{end}")
+        return tuple(ranges)
+
     def __repr__(self) -> str:
         chains = f"chains {self.chain_summary}"
         if self.n_chains > MOST_NAMED_CHAINS:
             chains = f"{self.n_chains} {chains}"
+        elif set(self.chain_ids) != set(self.atoms.getChids()[self.node_rows]):
+            pairs = zip(self.chain_ids, self.residue_ranges, strict=True)
+            chains = ", ".join(f"{name} ({residues})" for name, residues in pairs)
+            chains = f"bodies {chains}"
         counts = f"{self.n_nodes:,} residues, {self.atoms.numAtoms():,} atoms"
         return f"Structure({self.name!r}, {chains}, {counts})"
 
@@ -226,7 +284,7 @@ def load_structure(
     source: str | os.PathLike | prody.Atomic,
     chains: str | Sequence[str] | None = None,
     atoms: str = "ca",
-    bodies: Mapping[str, str] | None = None,
+    bodies: Mapping[str, str] | str = "chains",
 ) -> Structure:
     """Load a molecule as bodies of atoms.
 
@@ -249,8 +307,11 @@ def load_structure(
         Imaging atoms: "ca", one a residue (P for nucleotides) that scatters as the whole residue,
         or "heavy", every atom but hydrogen by its atomic number.
     bodies
-        Names and ProDy selections of the bodies, in place of chains: ``{"head": "chain A and resnum
-        1 to 200"}``.
+        - "chains".
+        - "domains": chains are cut where the elastic network of the whole molecule bends most
+          easily, into semi-rigid parts of 30 residues or more, "A1" and "A2" of chain "A". Chains
+          that are one domain stay whole.
+        - Names and ProDy selections of the bodies: ``{"head": "chain A and resnum 1 to 200"}``.
 
     Returns
     -------
@@ -273,7 +334,13 @@ def load_structure(
     """
     if atoms not in ("ca", "heavy"):
         raise ValueError(f"expected atoms 'ca' or 'heavy', got {atoms!r}; try 'ca'")
-    if bodies is not None and chains is not None:
+    bodies = "chains" if bodies is None else bodies
+    if isinstance(bodies, str) and bodies not in ("chains", "domains"):
+        raise ValueError(
+            f"expected bodies 'chains', 'domains' or selections by name, got {bodies!r}; "
+            "try 'chains'"
+        )
+    if not isinstance(bodies, str) and chains is not None:
         raise ValueError(
             "expected chains or bodies, got both; try selecting the chains within the bodies"
         )
@@ -283,10 +350,10 @@ def load_structure(
         raise ValueError(
             f"expected protein or nucleic acid, got no Cα and no P in {name}; try another file"
         )
-    if bodies is not None:
-        ids, body = _select_bodies(group, bodies)
-    else:
+    if isinstance(bodies, str):
         ids, body = _select_chains(name, group, nodes, chains)
+    else:
+        ids, body = _select_bodies(group, bodies)
     nodes = nodes[body[nodes] >= 0]
     _require_unique_numbers(name, group, nodes)
     for c, chain in enumerate(ids):
@@ -301,7 +368,7 @@ def load_structure(
     body = body[order]
     node_rows = np.flatnonzero(np.isin(order, nodes))
     rows, weights = _imaging_atoms(group, node_rows, atoms)
-    return Structure(
+    structure = Structure(
         name=name,
         atoms=group,
         chain_ids=tuple(ids),
@@ -313,6 +380,7 @@ def load_structure(
         origin=group.getCoords()[rows].mean(0),
         in_given_order=chains is not None,
     )
+    return structure.as_domains() if bodies == "domains" else structure
 
 
 def _imaging_atoms(
