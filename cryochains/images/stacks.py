@@ -253,6 +253,8 @@ class Images:
     grid : Grid, optional
         Box and pixel size that the images are brought to as they are read, see `resample`. None:
         they are read as they are.
+    magnifications : (n, 2, 2) array, optional
+        RELION's matrix of each image in its file, which is undone as it is read; only with `grid`.
 
     Examples
     --------
@@ -267,6 +269,7 @@ class Images:
     sign: float = 1.0
     pixel_sizes: np.ndarray | None = None
     grid: Grid | None = None
+    magnifications: np.ndarray | None = None
 
     @classmethod
     def in_memory(cls, images: Tensor) -> "Images":
@@ -283,11 +286,14 @@ class Images:
             stack_index=self.stack_index[rows],
             slice_index=self.slice_index[rows],
             pixel_sizes=None if self.pixel_sizes is None else self.pixel_sizes[rows],
+            magnifications=None if self.magnifications is None else self.magnifications[rows],
         )
 
-    def on_grid(self, grid: Grid, pixel_sizes: np.ndarray) -> "Images":
-        """These images, brought to one box and pixel size as they are read."""
-        return replace(self, grid=grid, pixel_sizes=pixel_sizes)
+    def on_grid(
+        self, grid: Grid, pixel_sizes: np.ndarray, magnifications: np.ndarray | None = None
+    ) -> "Images":
+        """These images, brought to one box, pixel size and undistorted axes as they are read."""
+        return replace(self, grid=grid, pixel_sizes=pixel_sizes, magnifications=magnifications)
 
     @property
     def box_sizes(self) -> np.ndarray:
@@ -371,10 +377,14 @@ class Images:
         if self.grid is None or self.pixel_sizes is None:
             return pixels
         result = np.empty((len(rows), *self.shape[1:]), dtype=np.float32)
-        sizes = self.pixel_sizes[rows]
-        for size in np.unique(sizes):
-            same = sizes == size
-            result[same] = resample(pixels[same], float(size), self.grid)
+        kinds = self.pixel_sizes[rows, None]
+        if self.magnifications is not None:
+            kinds = np.concatenate([kinds, self.magnifications[rows].reshape(-1, 4)], axis=1)
+        distinct, kind_of_row = np.unique(kinds, axis=0, return_inverse=True)
+        for number, (size, *cells) in enumerate(distinct):
+            same = kind_of_row.ravel() == number
+            matrix = np.reshape(cells, (2, 2)) if cells else None
+            result[same] = resample(pixels[same], float(size), self.grid, matrix)
         return result
 
     def _describe(self, row: int) -> str:
