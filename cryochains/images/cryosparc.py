@@ -25,6 +25,7 @@ from .ctf import CTF
 from .opening import (
     ImageNames,
     Known,
+    argument_hint,
     is_file,
     make_ctf,
     unless_neutral,
@@ -109,10 +110,12 @@ class CryosparcTable:
         """Raise ValueError that names the fields which are missing."""
         missing = [field for field in fields if field not in self.fields]
         if missing:
+            groups = dict.fromkeys(field.split("/")[0] for field in self.fields)
+            known = [_CTF_FIELDS[field] for field in missing if field in _CTF_FIELDS]
             raise ValueError(
-                f"expected fields {', '.join(missing)} in {self.path}, got only "
-                f"{', '.join(self.fields)}; try passthrough= with the job's "
-                "passthrough_particles.cs, which has the fields that the job did not write"
+                f"expected fields {', '.join(missing)} in {self.path}, got only some of "
+                f"{', '.join(groups)}; try passthrough= with the job's passthrough_particles.cs, "
+                f"which has the fields that the job did not write{argument_hint(known)}"
             )
 
     @property

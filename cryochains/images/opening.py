@@ -74,6 +74,18 @@ class Known:
 _CTF_ARGUMENTS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 
 
+def argument_hint(fields: list[str]) -> str:
+    """What else to try where these fields of the CTF are missing: the arguments of their names.
+
+    Examples
+    --------
+    >>> argument_hint(["voltage_kv", "defocus_u"]), argument_hint(["defocus_u"])
+    (', or voltage_kv=', '')
+    """
+    known = [f"{field}=" for field in fields if field in _CTF_ARGUMENTS]
+    return f", or {', '.join(known)}" if known else ""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageNames:
     """Which image of which file each of n particles is.
@@ -144,6 +156,7 @@ def open_images(table: _Table, known: Known, invert: bool) -> tuple[Images, np.n
     names = table.names()
     stacks = _open_stacks(names.files, table.path, known.datadir)
     _require_images(table, names, stacks)
+    _warn_of_ways_out(table, names)
     _warn_of_duplicates(table, names)
     sizes = _pixel_sizes(table, known)
     _compare_headers(table, known, names, stacks, sizes)
@@ -205,6 +218,19 @@ def _require_images(table: _Table, names: ImageNames, stacks: tuple[StackFile, .
         raise ValueError(
             f"expected {table.path} to name the {stack.n_images} images of {stack.path}, got "
             f"row {row + 1} with image {names.slice_index[row] + 1}; try the table of that stack"
+        )
+
+
+def _warn_of_ways_out(table: _Table, names: ImageNames) -> None:
+    """One warning for names that lead out of the folders that they are relative to."""
+    outside = [name for name in names.files if os.path.normpath(name).startswith("..")]
+    if outside:
+        more = f" and {len(outside) - 1} more stacks" if len(outside) > 1 else ""
+        row = int(np.flatnonzero(names.file_index == names.files.index(outside[0]))[0])
+        warnings.warn(
+            f"{table.path} names images that are outside of its folders: {outside[0]} in row "
+            f"{row + 1}{more}. They are read; a copy of the project does not have them",
+            stacklevel=4,
         )
 
 

@@ -22,6 +22,7 @@ from .ctf import CTF
 from .opening import (
     ImageNames,
     Known,
+    argument_hint,
     find_stack,
     make_ctf,
     unless_neutral,
@@ -179,9 +180,10 @@ class ParticleTable:
         cells = optics.set_index("rlnOpticsGroup")[column]
         unknown = sorted(set(groups) - set(cells.index))
         if unknown:
+            row = np.flatnonzero(np.isin(groups[codes], unknown))[0]
             raise ValueError(
-                f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such "
-                "row; try the .star file that RELION wrote"
+                f"expected optics group {groups[codes[row]]} of row {row + 1} in data_optics of "
+                f"{self.path}, got no such group; try the .star file that RELION wrote"
             )
         return cells.loc[list(groups)], codes
 
@@ -225,9 +227,11 @@ class ParticleTable:
             raise self._missing(missing)
 
     def _missing(self, columns: list[str]) -> ValueError:
+        fields = [_CTF_COLUMNS[column][0] for column in columns if column in _CTF_COLUMNS]
         return ValueError(
             f"expected columns {', '.join(columns)} in {self.path}, got "
             f"{', '.join(self.particles)}; try the star file of a 3-D refinement"
+            f"{argument_hint(fields)}"
         )
 
     @property
@@ -482,13 +486,20 @@ def read_table(path: str | os.PathLike) -> ParticleTable:
     if isinstance(blocks.get("optics"), dict):
         blocks["optics"] = pd.DataFrame([blocks["optics"]])
     _check_optics(path, blocks.get("optics"))
-    for name, block in blocks.items():
-        if isinstance(block, pd.DataFrame) and "rlnImageName" in block and len(block):
+    found = [
+        name
+        for name, block in blocks.items()
+        if isinstance(block, pd.DataFrame) and "rlnImageName" in block
+    ]
+    for name in found:
+        if len(blocks[name]):
             table = ParticleTable(path, blocks, name)
             _refuse_subtomograms(table)
             return table
+    got = f"data_{found[0]} without a row" if found else "none"
     raise ValueError(
-        f"expected a table of particles with rlnImageName, got none in {path}; try a particles.star"
+        f"expected a table of particles with rlnImageName, got {got} in {path}; try a "
+        "particles.star"
     )
 
 

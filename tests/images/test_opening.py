@@ -1,5 +1,6 @@
 """Tables against the headers of their stacks, and what the caller knows better."""
 
+import gzip
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,30 @@ def test_names_may_go_up_and_down(tmp_path):
     stack(tmp_path / "data" / "a.mrcs")
     (tmp_path / "job").mkdir()
     star = write(tmp_path / "job", table("../data/a.mrcs"))
-    assert len(load_particles(tmp_path / "job" / ".." / "job" / star.name)) == N
+    with pytest.warns(UserWarning, match=r"outside of its folders: \.\./data/a\.mrcs in row 1"):
+        assert len(load_particles(tmp_path / "job" / ".." / "job" / star.name)) == N
+
+
+def test_a_compressed_stack_is_read_through_its_table(tmp_path):
+    images = stack(tmp_path / "a.mrcs")
+    (tmp_path / "a.mrcs.gz").write_bytes(gzip.compress((tmp_path / "a.mrcs").read_bytes()))
+    (tmp_path / "a.mrcs").unlink()
+    particles = load_particles(write(tmp_path, table("a.mrcs.gz")))
+    torch.testing.assert_close(particles[[5, 2]].read_images(), images[[5, 2]])
+    # A table that is compressed is named as what it is.
+    packed = tmp_path / "b.star"
+    packed.write_bytes(gzip.compress((tmp_path / "a.star").read_bytes()))
+    with pytest.raises(ValueError, match="b.star .it is compressed, and has to be unpacked"):
+        load_particles(packed)
+
+
+def test_a_table_without_rows(tmp_path):
+    stack(tmp_path / "a.mrcs")
+    star = write(tmp_path)
+    text = star.read_text()
+    star.write_text("".join(line for line in text.splitlines(True) if "@" not in line))
+    with pytest.raises(ValueError, match="got data_particles without a row in .*a.star; try"):
+        load_particles(star)
 
 
 # Headers

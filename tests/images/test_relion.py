@@ -272,7 +272,7 @@ def test_missing_columns_are_listed(tmp_path):
 def test_unknown_optics_group(tmp_path):
     refused(
         tmp_path,
-        "expected optics group 7 in data_optics",
+        "expected optics group 7 of row 2 in data_optics",
         good(tmp_path).assign(rlnOpticsGroup=[1, 7, 1]),
     )
 
