@@ -139,11 +139,11 @@ def run(folder: Path, n: int, repeats: int) -> None:
         path = folder / f"particles{suffix}"
         write(path, n, rng)
         command = [sys.executable, __file__, "--measure", str(path), "--repeats", str(repeats)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        cold = " ".join(f"{seconds:.2f}" for seconds in found["cold_s"])
+        measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        cold = " ".join(f"{seconds:.2f}" for seconds in measured["cold_s"])
         print(
-            f"{suffix:6}{n:>10,} rows × {BOX} px: open {found['open_s']:.1f} s, peak "
-            f"{found['peak_gb']:.2f} GB, {SCATTERED} scattered cold images {cold} s",
+            f"{suffix:6}{n:>10,} rows × {BOX} px: open {measured['open_s']:.1f} s, peak "
+            f"{measured['peak_gb']:.2f} GB, {SCATTERED} scattered cold images {cold} s",
             flush=True,
         )
 

@@ -137,7 +137,7 @@ def write_star(folder, particles, images):
     table |= {f"rlnAngle{name}": angles[:, k] for k, name in enumerate(("Rot", "Tilt", "Psi"))}
     table |= {f"rlnOrigin{name}Angst": -particles.shifts[:, k] for k, name in enumerate("XY")}
     table |= {"rlnDefocusU": ctf.defocus_u, "rlnDefocusV": ctf.defocus_v}
-    table |= {"rlnDefocusAngle": np.rad2deg(ctf.defocus_angle), "rlnOpticsGroup": 1}
+    table |= {"rlnDefocusAngle": np.rad2deg(ctf.defocus_angle.numpy()), "rlnOpticsGroup": 1}
     optics = {"rlnOpticsGroup": 1, "rlnVoltage": float(ctf.voltage_kv[0])}
     optics |= {"rlnSphericalAberration": float(ctf.spherical_aberration_mm[0])}
     optics |= {"rlnAmplitudeContrast": float(ctf.amplitude_contrast[0])}

@@ -486,17 +486,17 @@ def read_table(path: str | os.PathLike) -> ParticleTable:
     if isinstance(blocks.get("optics"), dict):
         blocks["optics"] = pd.DataFrame([blocks["optics"]])
     _check_optics(path, blocks.get("optics"))
-    found = [
+    tables = [
         name
         for name, block in blocks.items()
         if isinstance(block, pd.DataFrame) and "rlnImageName" in block
     ]
-    for name in found:
+    for name in tables:
         if len(blocks[name]):
             table = ParticleTable(path, blocks, name)
             _refuse_subtomograms(table)
             return table
-    got = f"data_{found[0]} without a row" if found else "none"
+    got = f"data_{tables[0]} without a row" if tables else "none"
     raise ValueError(
         f"expected a table of particles with rlnImageName, got {got} in {path}; try a "
         "particles.star"

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from scipy.spatial.transform import Rotation
 
 from cryochains.images import load_particles, open_source, random_rotations
 from cryochains.images.cryosparc import read_cs, with_fields, write_array
@@ -391,6 +393,39 @@ def test_a_real_cs_without_poses_or_images(particle_files):
         load_particles(particle_files / "empiar_10076_7.cs")
     with pytest.raises(FileNotFoundError, match="got no J19/extract/.* more; try datadir="):
         load_particles(particle_files / "cryosparc_P12_J24_001_particles.cs")
+
+
+def test_a_real_refinement_of_cryosparc(particle_files, tmp_path):
+    """Its poses and CTFs beside blank stacks of its names, and again out of a .star."""
+    name = "cryosparc_P12_J24_001_particles.cs"
+    array = np.load(particle_files / name, allow_pickle=False)
+    shutil.copy(particle_files / name, tmp_path / name)
+    for path in np.unique(array["blob/path"]):
+        file = tmp_path / path.decode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_stack(file, [torch.zeros(1, 180, 180)], n_images=1, box_size=180, pixel_size=2.95)
+        n_images = int(array["blob/idx"][array["blob/path"] == path].max()) + 1
+        with open(file, "r+b") as stack_file:
+            stack_file.seek(8)
+            stack_file.write(np.int32(n_images).tobytes())
+            # As long as the header says, of zeros that take no room.
+            stack_file.truncate(1024 + n_images * 180 * 180 * 4)
+    particles = load_particles(tmp_path / name)
+    assert len(particles) == 2019 and particles.images.sign == -1
+    assert particles.pixel_size == pytest.approx(2.95) and particles.box_size == 180
+    turns = Rotation.from_rotvec(array["alignments3D/pose"]).inv().as_matrix()
+    np.testing.assert_allclose(particles.rotations, turns, atol=1e-6)
+    np.testing.assert_allclose(particles.shifts, -2.95 * array["alignments3D/shift"], atol=1e-5)
+    np.testing.assert_allclose(particles.ctf.defocus_u, array["ctf/df1_A"])
+    particles.save(tmp_path / "a.star", images=False)
+    star = load_particles(tmp_path / "a.star", invert=True)
+    torch.testing.assert_close(star.rotations, particles.rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(star.shifts, particles.shifts, atol=1e-5, rtol=0)
+    for one, other in zip(star.ctf.values(), particles.ctf.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-6)
+    particles[::2].save(tmp_path / "half.cs", images=False)
+    half = np.load(tmp_path / "half.cs", allow_pickle=False)
+    assert half.dtype == array.dtype and (half == array[::2]).all()
 
 
 def test_ctf_of_the_same_images_in_both_formats(particle_files, tmp_path):
