@@ -5,8 +5,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mrcfile
 import numpy as np
+import pandas as pd
 import pytest
+import starfile
 import torch
 from scipy.spatial.transform import Rotation
 
@@ -122,6 +125,104 @@ def test_the_simulator_shares_the_library_s_conventions(molecule):
         agreement(swapped, shifts.flip(1)),
     ):
         assert wrong < same - 0.2
+
+
+def write_star(folder, particles, images):
+    """A .star as RELION defines it, by scipy's Euler angles and starfile."""
+    write_mrcs(folder / "a.mrcs", images, particles.pixel_size)
+    matrices = Rotation.from_matrix(particles.rotations.double().numpy().transpose(0, 2, 1))
+    angles = matrices.as_euler("ZYZ", degrees=True)
+    ctf = particles.ctf
+    table = {"rlnImageName": [f"{i + 1}@a.mrcs" for i in range(len(particles))]}
+    table |= {f"rlnAngle{name}": angles[:, k] for k, name in enumerate(("Rot", "Tilt", "Psi"))}
+    table |= {f"rlnOrigin{name}Angst": -particles.shifts[:, k] for k, name in enumerate("XY")}
+    table |= {"rlnDefocusU": ctf.defocus_u, "rlnDefocusV": ctf.defocus_v}
+    table |= {"rlnDefocusAngle": np.rad2deg(ctf.defocus_angle.numpy()), "rlnOpticsGroup": 1}
+    optics = {"rlnOpticsGroup": 1, "rlnVoltage": float(ctf.voltage_kv[0])}
+    optics |= {"rlnSphericalAberration": float(ctf.spherical_aberration_mm[0])}
+    optics |= {"rlnAmplitudeContrast": float(ctf.amplitude_contrast[0])}
+    optics |= {"rlnImagePixelSize": particles.pixel_size, "rlnImageSize": BOX}
+    blocks = {"optics": pd.DataFrame([optics]), "particles": pd.DataFrame(table)}
+    starfile.write(blocks, folder / "a.star", float_format="%.9f")
+    return folder / "a.star"
+
+
+def write_cs(folder, particles, images):
+    """A .cs as cryoSPARC defines it, of dark protein."""
+    n = len(particles)
+    write_mrcs(folder / "b.mrc", -images, particles.pixel_size)
+    ctf = particles.ctf
+    matrices = particles.rotations.double().numpy().transpose(0, 2, 1)
+    values = {
+        "uid": np.arange(n, dtype=np.uint64),
+        "blob/path": np.full(n, b">b.mrc"),
+        "blob/idx": np.arange(n, dtype=np.uint32),
+        "blob/shape": np.full((n, 2), BOX, dtype=np.uint32),
+        "blob/psize_A": np.full(n, particles.pixel_size, dtype=np.float32),
+        "blob/sign": np.full(n, -1, dtype=np.float32),
+        "alignments3D/pose": Rotation.from_matrix(matrices).as_rotvec().astype(np.float32),
+        "alignments3D/shift": -particles.shifts.numpy() / np.float32(particles.pixel_size),
+        "alignments3D/psize_A": np.full(n, particles.pixel_size, dtype=np.float32),
+    }
+    for name, field in {
+        "df1_A": ctf.defocus_u,
+        "df2_A": ctf.defocus_v,
+        "df_angle_rad": ctf.defocus_angle,
+        "phase_shift_rad": ctf.phase_shift,
+        "accel_kv": ctf.voltage_kv,
+        "cs_mm": ctf.spherical_aberration_mm,
+        "amp_contrast": ctf.amplitude_contrast,
+    }.items():
+        values[f"ctf/{name}"] = field.numpy().astype(np.float32)
+    kinds = [(name, value.dtype, value.shape[1:]) for name, value in values.items()]
+    array = np.empty(n, dtype=kinds)
+    for name, value in values.items():
+        array[name] = value
+    with open(folder / "a.cs", "wb") as file:
+        np.save(file, array, allow_pickle=False)
+    return folder / "a.cs"
+
+
+def write_mrcs(path, images, pixel_size):
+    with mrcfile.new(path) as mrc:
+        mrc.set_data(images)
+        mrc.set_image_stack()
+        mrc.voxel_size = pixel_size
+
+
+def test_files_of_both_programs_show_what_the_library_draws(molecule, tmp_path):
+    """Heavy atoms in solvent, in files that no code of the library wrote."""
+    n = 8
+    particles = cc.simulate_particles(
+        molecule.reference,
+        n,
+        conformations=molecule.alpha_path[:1],
+        box_size=BOX,
+        pixel_size=3.0,
+        snr_db=np.inf,
+        shift_std=5.0,
+        ctf={"defocus": (12_000.0, 25_000.0), "astigmatism": 1000.0},
+        seed=7,
+        progress=False,
+    )
+    b_factors = np.full(len(molecule.elements), realism.B_FACTOR)
+    atoms = realism.HeavyAtoms(molecule.elements, b_factors, realism.SOLVENT_SHARE, BOX, 3.0)
+    coords = molecule.path[:1] - molecule.reference.origin
+    images = realism.project_particles(atoms, coords, np.zeros(n, dtype=int), particles)
+    loaded = [
+        cc.load_particles(write(tmp_path, particles, images)) for write in (write_star, write_cs)
+    ]
+    for found in loaded:
+        model = cc.Model(molecule.reference, found, modes=None)
+        pose = next(found.batches(images=False)).pose
+        drawn = model.render(torch.zeros(n, model.n_latents), *pose)
+        assert correlations(found.read_images().numpy(), drawn.numpy()).min() > 0.98
+    star, cs = loaded
+    torch.testing.assert_close(star.rotations, cs.rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(star.shifts, cs.shifts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(star.read_images(), cs.read_images(), atol=0, rtol=0)
+    for one, other in zip(star.ctf.values(), cs.ctf.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-6)
 
 
 def test_solvent_takes_away_its_share_at_low_frequency_alone(molecule):

@@ -3,7 +3,7 @@
 - `projection`: atoms in Å → images and their derivatives; filters, random poses, noise.
 - `ctf`: the contrast transfer function of each particle.
 - `stacks`: images in memory or in .mrcs files, of which only those asked for are read.
-- `resampling`: images on another grid: Fourier cropping, other pixel sizes, odd boxes.
+- `resampling`: images on another grid: Fourier cropping, other pixel sizes, undistorted axes.
 - `star`: STAR files as text.
 - `relion`: RELION's tables (.star), converted to this library's conventions and back.
 - `cryosparc`: cryoSPARC's tables (.cs), likewise.

@@ -2,7 +2,8 @@
 
 cryoSPARC → here: the rotation vector alignments3D/pose → R, transposed, the rotation of Eq. 3;
 alignments3D/shift, in pixels of alignments3D/psize_A → −t, the shift in Å; angles are in radians
-already; blob/sign −1 → dark protein. A .cs is one numpy array with named fields; one that holds
+already; blob/sign −1 → dark protein; ctf/anisomag, row by row and without the unit matrix →
+RELION's magnification matrix. A .cs is one numpy array with named fields; one that holds
 Python objects is refused. Fields unknown to this package are written again as they were.
 """
 
@@ -25,6 +26,7 @@ from .opening import (
     COLUMN_PREFIX,
     ImageNames,
     Known,
+    argument_hint,
     is_file,
     make_ctf,
     present_stacks,
@@ -45,7 +47,8 @@ _CTF_FIELDS = {
 }
 _MORE_CTF_FIELDS = {"ctf/bfactor": ("b_factor", 0.0), "ctf/scale": ("scale", 1.0)}
 # What is not used and is worth a word where it is not 0.
-_IGNORED_FIELDS = ("ctf/tilt_A", "ctf/shift_A", "ctf/trefoil_A", "ctf/tetra_A", "ctf/anisomag")
+_IGNORED_FIELDS = ("ctf/tilt_A", "ctf/shift_A", "ctf/trefoil_A", "ctf/tetra_A")
+_MAGNIFICATION = "ctf/anisomag"
 _NEEDED_BLOB = ("blob/path", "blob/idx")
 _ALIGNMENTS = "alignments3D"
 _MANY_ALIGNMENTS = "alignments3D_multi"
@@ -109,10 +112,12 @@ class CryosparcTable:
         """Raise ValueError that names the fields which are missing."""
         missing = [field for field in fields if field not in self.fields]
         if missing:
+            groups = dict.fromkeys(field.split("/")[0] for field in self.fields)
+            known = [_CTF_FIELDS[field] for field in missing if field in _CTF_FIELDS]
             raise ValueError(
-                f"expected fields {', '.join(missing)} in {self.path}, got only "
-                f"{', '.join(self.fields)}; try passthrough= with the job's "
-                "passthrough_particles.cs, which has the fields that the job did not write"
+                f"expected fields {', '.join(missing)} in {self.path}, got only some of "
+                f"{', '.join(groups)}; try passthrough= with the job's passthrough_particles.cs, "
+                f"which has the fields that the job did not write{argument_hint(known)}"
             )
 
     @property
@@ -164,6 +169,16 @@ class CryosparcTable:
             return None
         numbers = self.values("ctf/exp_group_id").astype(np.int64)
         return numbers.astype(str).astype(object)
+
+    def magnifications(self) -> np.ndarray | None:
+        """(n, 2, 2) matrices, or None: the transform at k is that of the undistorted image at M k.
+
+        As cryoSPARC's developers say (discuss.cryosparc.com/t/12204 and 11402): the unit matrix
+        and the four numbers together change coordinates in Fourier space.
+        """
+        if _MAGNIFICATION not in self.fields:
+            return None
+        return self.values(_MAGNIFICATION, (4,)).reshape(-1, 2, 2) + np.eye(2)
 
     def poses(self, pixel_sizes: np.ndarray) -> tuple[Tensor, Tensor]:
         """(n, 3, 3) rotations and (n, 2) shifts in Å, both float32; `pixel_sizes` (n,) in Å."""
@@ -447,6 +462,13 @@ def ctf_fields(array: np.ndarray, ctf: CTF) -> np.ndarray:
         if values is not None:
             columns[name] = np.asarray(values, dtype=np.float32)
     return with_fields(array, columns)
+
+
+def without_magnification(array: np.ndarray) -> np.ndarray:
+    """The array of images that are no longer distorted."""
+    if _MAGNIFICATION not in (array.dtype.names or ()):
+        return array
+    return with_fields(array, {_MAGNIFICATION: np.zeros((len(array), 4), dtype=np.float32)})
 
 
 def blob_fields(array: np.ndarray, stack: str, box_size: int, pixel_size: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class CTF:
-    """Contrast transfer of each particle: seven (n,) float64 tensors, and four more where known.
+    """Contrast transfer of each particle: seven (n,) float64 tensors, and three more where known.
 
     Attributes
     ----------
@@ -27,8 +27,6 @@ class CTF:
         Å²: the transfer is multiplied by exp(−B k²/4) at k in 1/Å.
     scale : (n,) tensor, optional
         Factor of the whole transfer.
-    magnification : (n, 2, 2) tensor, optional
-        RELION's matrix: the transfer at k is that of the others at M k.
     even_zernikes : (n, m) tensor, optional
         RELION's coefficients of symmetric aberrations, radians; added to the phase.
     """
@@ -42,7 +40,6 @@ class CTF:
     amplitude_contrast: Tensor
     b_factor: Tensor | None = None
     scale: Tensor | None = None
-    magnification: Tensor | None = None
     even_zernikes: Tensor | None = None
 
     def __len__(self) -> int:
@@ -88,7 +85,7 @@ class CTF:
         >>> transfer.shape, round(float(transfer[0, 0, 0]), 3)
         (torch.Size([1, 64, 33]), 0.1)
         """
-        if self.magnification is not None or self.even_zernikes is not None:
+        if self.even_zernikes is not None:
             transfer = self._evaluate_with_aberrations(box_size, pixel_size, device)
         else:
             transfer = self._evaluate_plain(box_size, pixel_size, device)
@@ -107,18 +104,12 @@ class CTF:
     def _evaluate_with_aberrations(
         self, box_size: int, pixel_size: float, device: torch.device | str | None
     ) -> Tensor:
-        """RELION's formula in float64: the phase at M k, and the Zernike polynomials there."""
+        """RELION's formula in float64, with the Zernike polynomials."""
 
         def column(values: Tensor) -> Tensor:
             return values.to(device=device, dtype=torch.float64)[:, None, None]
 
         x, y = (axis.to(device)[None] for axis in _frequencies(box_size, pixel_size))
-        if self.magnification is not None:
-            m = self.magnification
-            x, y = (
-                column(m[:, 0, 0]) * x + column(m[:, 0, 1]) * y,
-                column(m[:, 1, 0]) * x + column(m[:, 1, 1]) * y,
-            )
         square = x**2 + y**2
         angle = column(self.defocus_angle)
         mean = column(self.defocus_u + self.defocus_v) / 2

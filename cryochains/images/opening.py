@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .ctf import CTF
-from .resampling import Grid, require_overlap
+from .resampling import Grid, is_wider, require_overlap
 from .stacks import Images, StackFile
 
 # A header's pixel size and the table's may differ by as much without a word: digits of a header.
@@ -27,8 +27,13 @@ _OTHER_PIXEL_SIZE = 0.05
 _UNSET_PIXEL_SIZE = 1.0
 # Of columns that this library adds to a table: no other program's.
 COLUMN_PREFIX = "cryochains"
-# Rows named in a warning.
+# Lenses distort by some per cent; a matrix that stretches by more is none of an image.
+_MAX_STRETCH = 0.2
+# Of images that are narrower than this share of the widest, too little is seen in the others.
+_MIN_WIDTH = 0.5
+# Rows, and kinds of images, named in a warning.
 _SHOWN_ROWS = 3
+_SHOWN_KINDS = 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,18 @@ class Known:
 
 
 _CTF_ARGUMENTS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+
+
+def argument_hint(fields: list[str]) -> str:
+    """What else to try where these fields of the CTF are missing: the arguments of their names.
+
+    Examples
+    --------
+    >>> argument_hint(["voltage_kv", "defocus_u"]), argument_hint(["defocus_u"])
+    (', or voltage_kv=', '')
+    """
+    known = [f"{field}=" for field in fields if field in _CTF_ARGUMENTS]
+    return f", or {', '.join(known)}" if known else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +140,10 @@ class _Table(Protocol):
         """(n,) text: the optics group of each particle."""
         ...
 
+    def magnifications(self) -> np.ndarray | None:
+        """(n, 2, 2) RELION's matrix of each particle, or None where no image is distorted."""
+        ...
+
     def poses(self, pixel_sizes: np.ndarray) -> tuple[Tensor, Tensor]:
         """(n, 3, 3) rotations and (n, 2) shifts in Å, float32."""
         ...
@@ -137,6 +158,7 @@ def open_images(table: _Table, known: Known, invert: bool) -> tuple[Images, np.n
     names = table.names()
     stacks = _open_stacks(names.files, table.path, known.datadir)
     _require_images(table, names, stacks)
+    _warn_of_ways_out(table, names)
     _warn_of_duplicates(table, names)
     sizes = _pixel_sizes(table, known)
     _compare_headers(table, known, names, stacks, sizes)
@@ -216,6 +238,19 @@ def _require_images(table: _Table, names: ImageNames, stacks: tuple[StackFile, .
         raise ValueError(
             f"expected {table.path} to name the {stack.n_images} images of {stack.path}, got "
             f"row {row + 1} with image {names.slice_index[row] + 1}; try the table of that stack"
+        )
+
+
+def _warn_of_ways_out(table: _Table, names: ImageNames) -> None:
+    """One warning for names that lead out of the folders that they are relative to."""
+    outside = [name for name in names.files if os.path.normpath(name).startswith("..")]
+    if outside:
+        more = f" and {len(outside) - 1} more stacks" if len(outside) > 1 else ""
+        row = int(np.flatnonzero(names.file_index == names.files.index(outside[0]))[0])
+        warnings.warn(
+            f"{table.path} names images that are outside of its folders: {outside[0]} in row "
+            f"{row + 1}{more}. They are read; a copy of the project does not have them",
+            stacklevel=4,
         )
 
 
@@ -324,14 +359,57 @@ def scaled_shifts(table: _Table, known: Known, images: Images, sizes: np.ndarray
     return ratio[:, None]
 
 
+def magnifications_of(table: _Table) -> np.ndarray | None:
+    """(n, 2, 2) matrices of the table, once checked; None where they change nothing.
+
+    Raises
+    ------
+    ValueError
+        For a matrix that stretches, turns or mirrors more than a lens does.
+    """
+    matrices = table.magnifications()
+    matrices = None if matrices is None else unless_neutral(matrices, np.eye(2))
+    if matrices is None:
+        return None
+    bad = np.flatnonzero(np.abs(matrices - np.eye(2)).max(axis=(1, 2)) > _MAX_STRETCH)
+    if len(bad):
+        raise ValueError(
+            f"expected magnification matrices within {_MAX_STRETCH:g} of the unit matrix in "
+            f"{table.path}, got {matrices[bad[0]].round(4).tolist()} in row {bad[0] + 1}; try the "
+            "file that the program wrote, or the table without these columns"
+        )
+    return matrices
+
+
+def undistort(shifts: Tensor, matrices: np.ndarray) -> Tensor:
+    """(n, 2) shifts on images as in their files → those on undistorted ones, M⁻ᵀ t."""
+    columns = np.asarray(shifts, dtype=np.float64)[..., None]
+    solved = np.linalg.solve(matrices.transpose(0, 2, 1), columns)
+    return torch.from_numpy(solved[..., 0]).float()
+
+
+def distort(shifts: Tensor, matrices: np.ndarray) -> Tensor:
+    """(n, 2) shifts on undistorted images → those on images as in their files, Mᵀ t.
+
+    Examples
+    --------
+    >>> matrices = np.array([[[1.02, 0.01], [0.0, 0.99]]])
+    >>> distort(undistort(torch.ones(1, 2), matrices), matrices).round(decimals=4).tolist()
+    [[1.0, 1.0]]
+    """
+    moved = matrices.transpose(0, 2, 1) @ np.asarray(shifts, dtype=np.float64)[..., None]
+    return torch.from_numpy(moved[..., 0]).float()
+
+
 def choose_grid(
     table: _Table,
     images: Images,
     sizes: np.ndarray,
+    magnifications: np.ndarray | None,
     box_size: int | None,
     optics_group: str | int | None,
 ) -> tuple[Images, float]:
-    """The images on one grid, and its pixel size in Å.
+    """The images on one grid with undistorted axes, and its pixel size in Å.
 
     Parameters
     ----------
@@ -339,19 +417,22 @@ def choose_grid(
     images : Images
     sizes : (n,) array
         Å of each image in its file.
+    magnifications : (n, 2, 2) array or None
+        As of `magnifications_of`.
     box_size : int or None
         Box to crop to in Fourier space.
     optics_group : str, int or None
         Group whose pixel size and box are kept.
     """
     boxes = images.box_sizes
-    row = _reference_row(table, optics_group)
-    if optics_group is None and box_size is None:
-        _require_one(table, sizes, boxes)
-    box = int(boxes[row])
+    is_one = bool((boxes == boxes[0]).all() and (sizes == sizes[0]).all())
+    if optics_group is None:
+        box, size = _common_grid(table, sizes, boxes)
+    else:
+        row = _row_of_group(table, optics_group)
+        box, size = int(boxes[row]), float(sizes[row])
     target = box - box % 2 if box_size is None else _checked_box(box_size, box)
-    size = float(sizes[row])
-    if target == box and (boxes == box).all() and (sizes == size).all():
+    if target == box and is_one and magnifications is None:
         return images, size
     # The same width in Å with another number of pixels.
     grid = Grid(target, size if target == box else size * box / target)
@@ -359,12 +440,12 @@ def choose_grid(
         stack = images.stacks[number]
         name = str(stack.path) if isinstance(stack, StackFile) else "memory"
         require_overlap(int(boxes[first]), float(sizes[first]), grid, name)
-    return images.on_grid(grid, sizes), grid.pixel_size
+    if optics_group is None and not is_one:
+        _warn_of_rescaling(table, sizes, boxes, grid)
+    return images.on_grid(grid, sizes, magnifications), grid.pixel_size
 
 
-def _reference_row(table: _Table, optics_group: str | int | None) -> int:
-    if optics_group is None:
-        return 0
+def _row_of_group(table: _Table, optics_group: str | int) -> int:
     groups = table.groups()
     rows = np.zeros(0, dtype=int) if groups is None else np.flatnonzero(groups == str(optics_group))
     if not len(rows):
@@ -376,20 +457,45 @@ def _reference_row(table: _Table, optics_group: str | int | None) -> int:
     return int(rows[0])
 
 
-def _require_one(table: _Table, sizes: np.ndarray, boxes: np.ndarray) -> None:
-    """One pixel size and box, unless the caller says what to bring the others to."""
-    if (sizes != sizes[0]).any():
+def _common_grid(table: _Table, sizes: np.ndarray, boxes: np.ndarray) -> tuple[int, float]:
+    """Box and pixel size that images of several ones can be brought to without loss.
+
+    The coarsest pixels, since finer ones would have frequencies at which some images have nothing;
+    the smallest box of those, made smaller where others are much narrower.
+
+    Raises
+    ------
+    ValueError
+        Where the widths of the images are too different.
+    """
+    widths = boxes * sizes
+    narrowest, widest = float(widths.min()), float(widths.max())
+    if narrowest < _MIN_WIDTH * widest:
         raise ValueError(
-            f"expected one pixel size for all particles of {table.path}, got {sizes.min():g} to "
-            f"{sizes.max():g} Å; try optics_group=, the group that the others are rescaled to as "
-            "they are read"
+            f"expected images of about one width in {table.path}, got {narrowest:g} to "
+            f"{widest:g} Å; try optics_group=, the group that the others are rescaled to as they "
+            "are read"
         )
-    if (boxes != boxes[0]).any():
-        raise ValueError(
-            f"expected one box size in the stacks of {table.path}, got "
-            f"{sorted(set(boxes.tolist()))} px; try optics_group=, the group whose box is kept, "
-            "or box_size="
-        )
+    size = float(sizes.max())
+    box = int(boxes[sizes == size].min())
+    if is_wider(box * size, narrowest):
+        box = 2 * int(narrowest / size / 2 + 1e-6)
+    return box, size
+
+
+def _warn_of_rescaling(table: _Table, sizes: np.ndarray, boxes: np.ndarray, grid: Grid) -> None:
+    kinds, counts = np.unique(np.stack([boxes, sizes], axis=1), axis=0, return_counts=True)
+    listed = [
+        f"{box:.0f} px × {size:g} Å ({count:,})"
+        for (box, size), count in zip(kinds, counts, strict=True)
+    ]
+    more = f" and {len(listed) - _SHOWN_KINDS} more" if len(listed) > _SHOWN_KINDS else ""
+    warnings.warn(
+        f"{table.path} has images of {', '.join(listed[:_SHOWN_KINDS])}{more}: all are brought to "
+        f"{grid.box_size} px × {grid.pixel_size:g} Å as they are read; optics_group= chooses "
+        "another group's",
+        stacklevel=4,
+    )
 
 
 def _checked_box(box_size: int, box: int) -> int:

@@ -21,7 +21,15 @@ from .._files import content_digest
 from . import cryosparc, relion
 from .cryosparc import CryosparcTable
 from .ctf import CTF
-from .opening import Known, choose_grid, open_images, scaled_shifts
+from .opening import (
+    Known,
+    choose_grid,
+    distort,
+    magnifications_of,
+    open_images,
+    scaled_shifts,
+    undistort,
+)
 from .relion import ParticleTable
 from .stacks import Images, Rows, positions
 
@@ -467,7 +475,7 @@ class ParticleStack:
         size: dict[str, Any] = {"n_images": len(self)}
         size |= {"box_size": self.box_size, "pixel_size": self.pixel_size}
         if path.suffix == ".cs":
-            array = self._array()
+            array = self._array(with_images=True)
             array = cryosparc.blob_fields(array, stack.name, self.box_size, self.pixel_size)
             array = cryosparc.column_fields(array, more)
             cryosparc.write_array_and_stack(path, array, chunks, **size)
@@ -483,7 +491,7 @@ class ParticleStack:
             blocks = relion.with_columns(self._blocks(names, with_images=False), more)
             relion.write_table(path, blocks)
             return
-        array = cryosparc.present_fields(self._array(), path, self.images)
+        array = cryosparc.present_fields(self._array(with_images=False), path, self.images)
         array = cryosparc.column_fields(array, more)
         origin = self._origin
         if origin and (origin.known.pixel_size or self.pixel_size != origin.particles.pixel_size):
@@ -498,7 +506,7 @@ class ParticleStack:
                 f"try {path.with_suffix('.star')}"
             )
 
-    def _array(self) -> np.ndarray:
+    def _array(self, with_images: bool) -> np.ndarray:
         """Rows of a .cs file, with the poses and CTFs of these particles."""
         origin = self._origin
         if origin is None or not isinstance(origin.table, CryosparcTable):
@@ -507,11 +515,15 @@ class ParticleStack:
         as_read = origin.particles[self.rows]
         changed = (self.rotations != as_read.rotations).flatten(1).any(1)
         changed |= (self.shifts != as_read.shifts).any(1)
-        if origin.known.pixel_size is not None:
+        undistorted = self._is_undistorted(with_images)
+        if origin.known.pixel_size is not None or undistorted:
             changed[:] = True
         if changed.any():
             mask = changed.numpy()
-            array = cryosparc.pose_fields(array, self.rotations, self.shifts, mask, self.pixel_size)
+            shifts = self._written_shifts(with_images)
+            array = cryosparc.pose_fields(array, self.rotations, shifts, mask, self.pixel_size)
+        if undistorted:
+            array = cryosparc.without_magnification(array)
         same_ctf = _same_ctf(self, as_read) and not origin.known.replaces_values
         if self.ctf is not None and not same_ctf:
             array = cryosparc.ctf_fields(array, self.ctf)
@@ -535,11 +547,14 @@ class ParticleStack:
         if same_ctf and same_poses and same_images:
             return origin.table.select(self.rows, names)
         if same_ctf and origin.table.has_optics:
+            undistorted = self._is_undistorted(with_images)
+            poses = (self.rotations, self._written_shifts(with_images))
             return origin.table.select_with_poses(
                 self.rows,
                 names,
-                None if same_poses else (self.rotations, self.shifts),
+                None if same_poses and not undistorted else poses,
                 None if same_images else self._written_geometry(with_images),
+                undistorted,
             )
         return origin.table.select_with(self.rows, names, self._fresh_blocks(names, with_images))
 
@@ -548,11 +563,25 @@ class ParticleStack:
         return relion.new_blocks(
             names,
             rotations=self.rotations,
-            shifts=self.shifts,
+            shifts=self._written_shifts(with_images),
             pixel_size=pixel_size,
             box_size=box_size,
             ctf=self.ctf,
+            magnifications=None if with_images else self.images.magnifications,
         )
+
+    def _is_undistorted(self, with_images: bool) -> bool:
+        """Whether the file's magnification matrix no longer is that of the images to be written."""
+        if self._origin is None or self._origin.particles.images.magnifications is None:
+            return False
+        return with_images or self.images.magnifications is None
+
+    def _written_shifts(self, with_images: bool) -> Tensor:
+        """(n, 2) Å, on the images that a table names."""
+        matrices = self.images.magnifications
+        if with_images or matrices is None:
+            return self.shifts
+        return distort(self.shifts, matrices)
 
     def _written_geometry(self, with_images: bool) -> tuple[int, float]:
         """Box in px and pixel size in Å of the images that a table names."""
@@ -603,8 +632,8 @@ def load_particles(
         Of a .cs: files with the fields that its job did not write, joined by uid.
     optics_group : str or int, optional
         Group (of a .cs: ctf/exp_group_id) whose pixel size and box are kept where several differ,
-        and that the others are rescaled to as they are read. With `box_size` the first particle's
-        is kept by default.
+        and that the others are rescaled to as they are read. By default the coarsest pixels, said
+        in a warning.
     pixel_size : float, optional
         Å, of the images in their files: decides where table and headers differ.
     voltage_kv, spherical_aberration_mm, amplitude_contrast : float, optional
@@ -620,15 +649,17 @@ def load_particles(
     ------
     FileNotFoundError, ValueError
         For missing files or columns, rows without an image, truncated stacks, boxes or pixel sizes
-        that differ between table and stacks or among the particles, CTF values that cannot be,
-        subtomograms.
+        that differ between table and stacks, images of very different widths, CTF values that
+        cannot be, subtomograms.
 
     Notes
     -----
     A .cs of several classes (alignments3D_multi, alignments_class_0 and so on) gives each particle
     its pose in the class that is most probable for it. An image that is named twice is read twice,
-    with a warning. Of aberrations, the magnification matrix and symmetric ones of a .star are part
-    of the CTF; beam tilt and other odd ones are named in a warning and not corrected.
+    with a warning. Where a magnification matrix (rlnMagMat.., ctf/anisomag) says that images are
+    distorted, they are resampled to undistorted axes as they are read, and shifts with them. Of
+    aberrations, symmetric ones of a .star are part of the CTF; beam tilt and other odd ones are
+    named in a warning and not corrected.
 
     Examples
     --------
@@ -653,11 +684,15 @@ def load_particles(
     images, sizes = open_images(table, known, invert)
     rotations, shifts = table.poses(sizes)
     factors = torch.from_numpy(scaled_shifts(table, known, images, sizes)).float()
-    images, size = choose_grid(table, images, sizes, box_size, optics_group)
+    shifts = shifts * factors
+    matrices = magnifications_of(table)
+    if matrices is not None:
+        shifts = undistort(shifts, matrices)
+    images, size = choose_grid(table, images, sizes, matrices, box_size, optics_group)
     particles = ParticleStack(
         images,
         rotations,
-        shifts * factors,
+        shifts,
         pixel_size=size,
         ctf=table.ctf(known),
         ids=table.ids,

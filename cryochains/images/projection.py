@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .scatter import scatter_tangents
-
 # exp of very negative numbers underflows, and matrix products of denormal numbers are 30 times
 # slower on a CPU. e⁻²⁵ is zero beside 1 in float32, and the products of two such with amplitudes
 # and tangents are still normal numbers.
@@ -148,6 +146,9 @@ def project_tangents(
     """
     if xy.device.type != "cpu":
         return _multiply(xy, tangents, weights, box_size, pixel_size, sigma)
+    # numba takes 60 MB and a tenth of a second, and only derivatives need it.
+    from .scatter import scatter_tangents
+
     widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(xy.shape[:2])
     amplitudes = weights.to(xy.dtype) / (2 * torch.pi * widths**4)
     grid = pixel_grid(box_size, pixel_size, xy)

@@ -25,7 +25,6 @@ from torch import Tensor
 from .._devices import choose_device
 from .._files import atomic_path
 from .particles import Batch, ParticleStack
-from .scatter import compiled
 
 # Points of the grid of sums a Fourier pixel of the box.
 _OVERSAMPLING = 2
@@ -439,6 +438,9 @@ def _summed(
     batches: Iterable[Batch], weights: np.ndarray, scale: np.ndarray, particles: ParticleStack
 ) -> Tensor:
     """(m, m, m/2 + 1, 3) numerator (real, imaginary) and weight, on a grid of m = 2 box points."""
+    # numba takes 60 MB, and few who load particles need it.
+    from .insertion import insert_planes
+
     box = particles.box_size
     fine = _OVERSAMPLING * box
     sums = np.zeros((fine, fine, fine // 2 + 1, 3), dtype=np.float32)
@@ -446,7 +448,7 @@ def _summed(
         rows = batch.rows.cpu()
         values, powers = _weighted(batch, weights[rows], scale[rows], particles.pixel_size)
         axes = np.ascontiguousarray(batch.rotations[:, :2].cpu().numpy())
-        _insert(sums, values.cpu().numpy(), powers.cpu().numpy(), axes)
+        insert_planes(sums, values.cpu().numpy(), powers.cpu().numpy(), axes)
     half = torch.from_numpy(sums)
     # A frequency and its negative were added once, with that half of x that is not negative: on
     # the plane x = 0 both are on the grid.
@@ -473,48 +475,6 @@ def _weighted(
     weighted = counts * transfer
     values = spectra * (weighted / pixel_size) * torch.polar(torch.ones_like(phases), phases)
     return values.contiguous(), (weighted * transfer).contiguous()
-
-
-@compiled
-def _insert(sums: np.ndarray, values: np.ndarray, powers: np.ndarray, axes: np.ndarray) -> None:
-    """Add (b, box, box//2 + 1) `values` and `powers` to `sums`, on planes along (b, 2, 3) `axes`.
-
-    Every sample is shared among the eight grid points around it.
-    """
-    n_images, box, _ = values.shape
-    fine = sums.shape[0]
-    step = fine / box
-    limit = (box // 2) ** 2
-    for image in range(n_images):
-        across = axes[image, 0]
-        up = axes[image, 1]
-        for i in range(box):
-            ky = i if i < box // 2 else i - box
-            for kx in range(box // 2):
-                # Both of a pair of opposite frequencies would be counted where kx = 0.
-                if kx * kx + ky * ky >= limit or (kx == 0 and ky < 0):
-                    continue
-                x = step * (kx * across[0] + ky * up[0])
-                y = step * (kx * across[1] + ky * up[1])
-                z = step * (kx * across[2] + ky * up[2])
-                real = values[image, i, kx].real
-                imaginary = values[image, i, kx].imag
-                if x < 0:
-                    x, y, z, imaginary = -x, -y, -z, -imaginary
-                power = powers[image, i, kx]
-                left = int(np.floor(x))
-                front = int(np.floor(y))
-                low = int(np.floor(z))
-                for dz in range(2):
-                    in_z = 1 - abs(z - low - dz)
-                    for dy in range(2):
-                        in_zy = in_z * (1 - abs(y - front - dy))
-                        row = sums[(low + dz) % fine, (front + dy) % fine]
-                        for dx in range(2):
-                            share = in_zy * (1 - abs(x - left - dx))
-                            row[left + dx, 0] += share * real
-                            row[left + dx, 1] += share * imaginary
-                            row[left + dx, 2] += share * power
 
 
 def _wiener_term(sums: Sequence[Tensor], mask: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from .opening import (
     COLUMN_PREFIX,
     ImageNames,
     Known,
+    argument_hint,
     make_ctf,
     present_stacks,
     unless_neutral,
@@ -47,6 +48,8 @@ _MORE_CTF_COLUMNS = {"rlnCtfBfactor": ("b_factor", 0.0), "rlnCtfScalefactor": ("
 # Columns of an optics group, with values for images without CTF: RELION refuses a file without
 # voltage and spherical aberration, even where no CTF is used.
 _OPTICS_DEFAULTS = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.7, "rlnAmplitudeContrast": 0.1}
+# RELION's magnification matrix, row by row.
+_MAGNIFICATION_COLUMNS = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
 # Columns that fresh ones replace: the CTF, and what RELION 3.0 and before wrote in pixels.
 _REPLACED_COLUMNS = (
     "rlnOriginX",
@@ -58,11 +61,12 @@ _REPLACED_COLUMNS = (
     "rlnImageSize",
     *_MORE_CTF_COLUMNS,
     *_CTF_COLUMNS,
+    *_MAGNIFICATION_COLUMNS,
 )
-# RELION's magnification matrix, row by row.
-_MAGNIFICATION_COLUMNS = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
 # Columns that tables of subtomograms have and those of particles do not.
 _SUBTOMOGRAM_COLUMNS = ("rlnTomoParticleName", "rlnTomoVisibleFrames", "rlnTomoParticleId")
+# Rows whose rotations are computed at a time.
+_PIECE_ROWS = 1 << 14
 # Numbers of images have leading zeros, and no more digits than this.
 _MAX_DIGITS = 12
 # Where one of these is not 0, the images were changed and no longer show the CTF of the table.
@@ -177,9 +181,10 @@ class ParticleTable:
         cells = optics.set_index("rlnOpticsGroup")[column]
         unknown = sorted(set(groups) - set(cells.index))
         if unknown:
+            row = np.flatnonzero(np.isin(groups[codes], unknown))[0]
             raise ValueError(
-                f"expected optics group {unknown[0]} in data_optics of {self.path}, got no such "
-                "row; try the .star file that RELION wrote"
+                f"expected optics group {groups[codes[row]]} of row {row + 1} in data_optics of "
+                f"{self.path}, got no such group; try the .star file that RELION wrote"
             )
         return cells.loc[list(groups)], codes
 
@@ -223,9 +228,11 @@ class ParticleTable:
             raise self._missing(missing)
 
     def _missing(self, columns: list[str]) -> ValueError:
+        fields = [_CTF_COLUMNS[column][0] for column in columns if column in _CTF_COLUMNS]
         return ValueError(
             f"expected columns {', '.join(columns)} in {self.path}, got "
             f"{', '.join(self.particles)}; try the star file of a 3-D refinement"
+            f"{argument_hint(fields)}"
         )
 
     @property
@@ -276,6 +283,16 @@ class ParticleTable:
             return None
         return self.particles["rlnOpticsGroup"].to_numpy(dtype=object)
 
+    def magnifications(self) -> np.ndarray | None:
+        """(n, 2, 2) matrices, or None: projection and CTF of RELION are those at M k."""
+        if not all(self.has(column) for column in _MAGNIFICATION_COLUMNS):
+            return None
+        cells = [self.numbers(column) for column in _MAGNIFICATION_COLUMNS]
+        matrices = np.stack(cells, axis=1).reshape(-1, 2, 2)
+        # pyem's csparc2star.py copies cryoSPARC's numbers, which lack the unit matrix.
+        lacks_unit = np.abs(matrices).max(axis=(1, 2), keepdims=True) < 0.5
+        return np.where(lacks_unit, matrices + np.eye(2), matrices)
+
     def columns(self, rows: np.ndarray) -> pd.DataFrame:
         """The numbers of the table, of these rows."""
         table = self.particles
@@ -292,8 +309,10 @@ class ParticleTable:
         # RELION moves an image by its origin to centre the particle, which is displaced by minus
         # that.
         shifts = -np.stack(origins, axis=1)
-        rotations = euler_to_rotation(torch.from_numpy(angles))
-        return rotations.float(), torch.from_numpy(shifts).float()
+        # In pieces: what is in between takes ten times the memory of the rotations.
+        pieces = torch.from_numpy(angles).split(_PIECE_ROWS)
+        rotations = torch.cat([euler_to_rotation(piece).float() for piece in pieces])
+        return rotations, torch.from_numpy(shifts).float()
 
     def _origin(self, axis: str, pixel_sizes: np.ndarray) -> np.ndarray:
         """(n,) RELION's origin along X or Y, in Å; 0 where the table has none."""
@@ -324,7 +343,7 @@ class ParticleTable:
             else:
                 values[field] = np.full(len(self), value)
         more = self._more_of_the_ctf()
-        warn_of_ignored(self.path, self._ignored("magnification" in more))
+        warn_of_ignored(self.path, self._ignored())
         return make_ctf(self, values | more)
 
     def _more_of_the_ctf(self) -> dict[str, np.ndarray]:
@@ -333,10 +352,6 @@ class ParticleTable:
         for column, (field, neutral) in _MORE_CTF_COLUMNS.items():
             if self.has(column):
                 more[field] = unless_neutral(self.numbers(column), neutral)
-        if all(self.has(column) for column in _MAGNIFICATION_COLUMNS):
-            cells = [self.numbers(column) for column in _MAGNIFICATION_COLUMNS]
-            matrices = np.stack(cells, axis=1).reshape(-1, 2, 2)
-            more["magnification"] = unless_neutral(matrices, np.eye(2))
         if self.has("rlnEvenZernike"):
             more["even_zernikes"] = unless_neutral(self._lists("rlnEvenZernike"), 0.0)
         return {field: values for field, values in more.items() if values is not None}
@@ -362,7 +377,7 @@ class ParticleTable:
             table[row, : len(numbers)] = numbers
         return table[codes]
 
-    def _ignored(self, is_magnified: bool) -> list[str]:
+    def _ignored(self) -> list[str]:
         """What the table says of the microscope and is not used."""
         ignored = [
             column
@@ -371,9 +386,6 @@ class ParticleTable:
         ]
         if self.has("rlnOddZernike") and self._lists("rlnOddZernike").any():
             ignored.append("rlnOddZernike")
-        if is_magnified:
-            # The CTF has it; the projected molecule is not stretched.
-            ignored.append("a magnification matrix, which only the CTF takes account of")
         return ignored
 
     def names(self) -> ImageNames:
@@ -412,6 +424,7 @@ class ParticleTable:
         names: list[str],
         poses: tuple[Tensor, Tensor] | None,
         geometry: tuple[int, float] | None,
+        undistorted: bool,
     ) -> dict:
         """Blocks as of `select` of a table with optics groups, all of whose columns are kept.
 
@@ -423,6 +436,8 @@ class ParticleTable:
             (k, 3, 3) rotations and (k, 2) shifts in Å that replace those of the file.
         geometry : tuple, optional
             Box in px and pixel size in Å that replace those of all optics groups.
+        undistorted : bool
+            Whether the images are no longer those of a magnification matrix.
         """
         particles = self._renamed(rows, names)
         optics = self.blocks["optics"].copy()
@@ -433,6 +448,9 @@ class ParticleTable:
             cells = {"rlnImagePixelSize": f"{geometry[1]:.9g}", "rlnImageSize": str(geometry[0])}
             particles = particles.drop(columns=list(cells), errors="ignore")
             optics = optics.assign(**cells)
+        if undistorted:
+            particles = particles.drop(columns=list(_MAGNIFICATION_COLUMNS), errors="ignore")
+            optics = optics.drop(columns=list(_MAGNIFICATION_COLUMNS), errors="ignore")
         return {**self.blocks, "optics": optics, self.name: particles}
 
     def select_with(self, rows: np.ndarray, names: list[str], fresh: dict) -> dict:
@@ -469,13 +487,20 @@ def read_table(path: str | os.PathLike) -> ParticleTable:
     if isinstance(blocks.get("optics"), dict):
         blocks["optics"] = pd.DataFrame([blocks["optics"]])
     _check_optics(path, blocks.get("optics"))
-    for name, block in blocks.items():
-        if isinstance(block, pd.DataFrame) and "rlnImageName" in block and len(block):
+    tables = [
+        name
+        for name, block in blocks.items()
+        if isinstance(block, pd.DataFrame) and "rlnImageName" in block
+    ]
+    for name in tables:
+        if len(blocks[name]):
             table = ParticleTable(path, blocks, name)
             _refuse_subtomograms(table)
             return table
+    got = f"data_{tables[0]} without a row" if tables else "none"
     raise ValueError(
-        f"expected a table of particles with rlnImageName, got none in {path}; try a particles.star"
+        f"expected a table of particles with rlnImageName, got {got} in {path}; try a "
+        "particles.star"
     )
 
 
@@ -511,12 +536,21 @@ def new_blocks(
     pixel_size: float,
     box_size: int,
     ctf: CTF | None,
+    magnifications: np.ndarray | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """Blocks of a RELION 3.1 file for particles that came from no file."""
+    """Blocks of a RELION 3.1 file for particles that came from no file.
+
+    Shifts are those on images as they are in their files, with these (n, 2, 2) magnifications.
+    """
     particles: dict[str, list[str]] = {"rlnImageName": names}
     particles |= _pose_columns(rotations, shifts)
     optics = np.tile(list(_OPTICS_DEFAULTS.values()), (len(names), 1))
     aberrations: dict[str, np.ndarray] = {}
+    if magnifications is not None:
+        cells = magnifications.reshape(len(names), 4, 1)
+        aberrations |= {
+            column: cells[:, number] for number, column in enumerate(_MAGNIFICATION_COLUMNS)
+        }
     if ctf is not None:
         values = {
             column: np.asarray(getattr(ctf, field)) / unit
@@ -526,8 +560,9 @@ def new_blocks(
         for column, (field, _) in _MORE_CTF_COLUMNS.items():
             if getattr(ctf, field) is not None:
                 values[column] = np.asarray(getattr(ctf, field))
-        particles |= {column: _six_decimals(cells) for column, cells in values.items()}
-        aberrations = _aberration_columns(ctf)
+        particles |= {column: _six_decimals(numbers) for column, numbers in values.items()}
+        if ctf.even_zernikes is not None:
+            aberrations["rlnEvenZernike"] = np.asarray(ctf.even_zernikes)
     groups, particles["rlnOpticsGroup"] = _optics_groups(optics, aberrations)
     groups["rlnImagePixelSize"] = f"{pixel_size:.9g}"
     groups["rlnImageSize"] = str(box_size)
@@ -544,18 +579,6 @@ def _pose_columns(rotations: Tensor, shifts: Tensor) -> dict[str, list[str]]:
     for number, axis in enumerate("XY"):
         # Adding 0 turns −0 into 0.
         columns[f"rlnOrigin{axis}Angst"] = _six_decimals(-shifts[:, number] + 0.0)
-    return columns
-
-
-def _aberration_columns(ctf: CTF) -> dict[str, np.ndarray]:
-    """(n, m) numbers that go into the optics groups: the magnification and even Zernikes."""
-    columns: dict[str, np.ndarray] = {}
-    if ctf.magnification is not None:
-        cells = np.asarray(ctf.magnification).reshape(len(ctf), 4)
-        for number, column in enumerate(_MAGNIFICATION_COLUMNS):
-            columns[column] = cells[:, number : number + 1]
-    if ctf.even_zernikes is not None:
-        columns["rlnEvenZernike"] = np.asarray(ctf.even_zernikes)
     return columns
 
 

@@ -1,12 +1,16 @@
 """Stacks of particle images, in memory or in .mrcs files; only the images asked for are read."""
 
+import gzip
 import os
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 import mrcfile
 import numpy as np
@@ -23,6 +27,8 @@ _READ_BYTES = 1 << 18
 _HEADER_BYTES = 1024
 # How compressed files begin.
 _GZIP = b"\x1f\x8b"
+# Compressed stacks that are kept unpacked at a time, in files without a name.
+_MAX_UNPACKED_STACKS = 128
 # Larger numbers are no header of particle images.
 _MAX_BOX = 32_768
 _MAX_EXTENDED_HEADER = 1 << 28
@@ -68,13 +74,16 @@ class StackFile:
     # Byte at which the pixels begin, and numpy's name of their type.
     start: int = 1024
     dtype: str = "<f4"
+    # Compressed by gzip, in which no image can be found but by unpacking all before it.
+    is_packed: bool = False
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> "StackFile":
         """Check the header of `path` and the length of the file, without reading an image.
 
         The word "MAP " and the machine stamp may be missing, as in stacks of many programs; the
-        length of the file then has to be exactly what the header announces.
+        length of the file then has to be exactly what the header announces. A stack compressed by
+        gzip is unpacked into a temporary file when an image is first read.
 
         Raises
         ------
@@ -96,12 +105,14 @@ class StackFile:
             )
         stamp = _file_stamp(path)
         expected_bytes = header.start + n_images * height * width * header.dtype.itemsize
-        if stamp[0] < expected_bytes:
+        if header.is_packed:
+            _require_unpacked_length(path, expected_bytes)
+        elif stamp[0] < expected_bytes:
             raise ValueError(
                 f"expected {expected_bytes} bytes for {n_images} images of {width} px, got "
                 f"{stamp[0]} in {path}, which is truncated; try copying it again"
             )
-        if not header.is_marked and stamp[0] != expected_bytes:
+        elif not header.is_marked and stamp[0] != expected_bytes:
             raise _not_mrc(path, "no word MAP, and another length than its header announces")
         return cls(
             path,
@@ -112,6 +123,7 @@ class StackFile:
             header.pixel_size,
             header.start,
             header.dtype.str,
+            header.is_packed,
         )
 
     def read(self, slices: np.ndarray) -> np.ndarray:
@@ -122,7 +134,8 @@ class StackFile:
         images = np.empty((len(slices), self.box_size, self.box_size), dtype=dtype)
         image_bytes = self.box_size**2 * dtype.itemsize
         # The stamp is part of the key, so that a file written anew is opened anew.
-        file = _open_file(self.path, self.stamp)
+        opener = _open_packed_file if self.is_packed else _open_file
+        file = opener(self.path, self.stamp)
         # In the order of the file, and neighbours in one piece: a memory map of the whole file
         # would read pages around each of scattered images.
         order = np.argsort(slices, kind="stable")
@@ -155,16 +168,19 @@ class _Header:
     pixel_size: float | None
     is_volume: bool
     is_marked: bool
+    is_packed: bool = False
 
 
 def _read_header(path: Path) -> _Header:
     try:
         with open(path, "rb") as file:
             data = file.read(_HEADER_BYTES)
-    except OSError as error:
-        raise _not_mrc(path, error.strerror or str(error)) from error
-    if data[:2] == _GZIP:
-        raise _not_mrc(path, "it is compressed, and has to be unpacked with gunzip first")
+        is_packed = data[:2] == _GZIP
+        if is_packed:
+            with gzip.open(path) as packed:
+                data = packed.read(_HEADER_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _not_mrc(path, getattr(error, "strerror", None) or str(error)) from error
     if len(data) < _HEADER_BYTES:
         raise _not_mrc(path, f"{len(data)} bytes, fewer than a header has")
     # A stamp that says nothing: the order of bytes in which the numbers make sense.
@@ -172,7 +188,7 @@ def _read_header(path: Path) -> _Header:
     for order in {b"\x44": orders[:1], b"\x11": orders[1:]}.get(data[212:213], orders):
         header = _parse_header(data, order)
         if header is not None:
-            return header
+            return replace(header, is_packed=is_packed)
     raise _not_mrc(path, "its header has no sizes or no mode that images have")
 
 
@@ -202,6 +218,19 @@ def _not_mrc(path: Path, reason: str) -> ValueError:
     return ValueError(f"expected an MRC stack, got {path} ({reason}); try exporting it again")
 
 
+def _require_unpacked_length(path: Path, expected: int) -> None:
+    """Raise ValueError where a compressed file says that it holds another number of bytes."""
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        # gzip counts up to 2³² and begins anew.
+        length = int.from_bytes(file.read(4), "little")
+    if length != expected % (1 << 32):
+        raise ValueError(
+            f"expected {expected} bytes in the compressed {path}, as its header says, got another "
+            "number, so that it is truncated or in several parts; try copying it again, or gunzip"
+        )
+
+
 def _file_stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
@@ -210,8 +239,10 @@ def _file_stamp(path: Path) -> tuple[int, int]:
 class _OpenFile:
     """A file that is read at given bytes, and closed when nobody holds it any more."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)
+    def __init__(self, path: Path, is_packed: bool = False) -> None:
+        self._file: IO[bytes] = open(path, "rb", buffering=0)
+        if is_packed:
+            self._file = _unpacked(path, self._file)
 
     def read(self, n_bytes: int, offset: int) -> bytes:
         """`n_bytes` from byte `offset` on, or fewer at the end of the file."""
@@ -228,6 +259,27 @@ class _OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
+
+
+def _unpacked(path: Path, packed: IO[bytes]) -> IO[bytes]:
+    """A temporary file of what `packed` holds, which is closed."""
+    unpacked = tempfile.TemporaryFile()
+    try:
+        with packed, gzip.open(packed) as content:
+            shutil.copyfileobj(content, unpacked, _READ_BYTES)
+        unpacked.flush()
+    except (OSError, EOFError, zlib.error) as error:
+        unpacked.close()
+        raise ValueError(
+            f"expected a whole compressed stack and room for it in {tempfile.gettempdir()}, got "
+            f"{path} ({error}); try unpacking it with gunzip"
+        ) from error
+    return unpacked
+
+
+@lru_cache(maxsize=_MAX_UNPACKED_STACKS)
+def _open_packed_file(path: Path, stamp: tuple[int, int]) -> _OpenFile:
+    return _OpenFile(path, is_packed=True)
 
 
 @lru_cache(maxsize=_MAX_OPEN_STACKS)
@@ -253,6 +305,8 @@ class Images:
     grid : Grid, optional
         Box and pixel size that the images are brought to as they are read, see `resample`. None:
         they are read as they are.
+    magnifications : (n, 2, 2) array, optional
+        RELION's matrix of each image in its file, which is undone as it is read; only with `grid`.
 
     Examples
     --------
@@ -267,6 +321,7 @@ class Images:
     sign: float = 1.0
     pixel_sizes: np.ndarray | None = None
     grid: Grid | None = None
+    magnifications: np.ndarray | None = None
 
     @classmethod
     def in_memory(cls, images: Tensor) -> "Images":
@@ -283,11 +338,14 @@ class Images:
             stack_index=self.stack_index[rows],
             slice_index=self.slice_index[rows],
             pixel_sizes=None if self.pixel_sizes is None else self.pixel_sizes[rows],
+            magnifications=None if self.magnifications is None else self.magnifications[rows],
         )
 
-    def on_grid(self, grid: Grid, pixel_sizes: np.ndarray) -> "Images":
-        """These images, brought to one box and pixel size as they are read."""
-        return replace(self, grid=grid, pixel_sizes=pixel_sizes)
+    def on_grid(
+        self, grid: Grid, pixel_sizes: np.ndarray, magnifications: np.ndarray | None = None
+    ) -> "Images":
+        """These images, brought to one box, pixel size and undistorted axes as they are read."""
+        return replace(self, grid=grid, pixel_sizes=pixel_sizes, magnifications=magnifications)
 
     @property
     def box_sizes(self) -> np.ndarray:
@@ -371,10 +429,14 @@ class Images:
         if self.grid is None or self.pixel_sizes is None:
             return pixels
         result = np.empty((len(rows), *self.shape[1:]), dtype=np.float32)
-        sizes = self.pixel_sizes[rows]
-        for size in np.unique(sizes):
-            same = sizes == size
-            result[same] = resample(pixels[same], float(size), self.grid)
+        kinds = self.pixel_sizes[rows, None]
+        if self.magnifications is not None:
+            kinds = np.concatenate([kinds, self.magnifications[rows].reshape(-1, 4)], axis=1)
+        distinct, kind_of_row = np.unique(kinds, axis=0, return_inverse=True)
+        for number, (size, *cells) in enumerate(distinct):
+            same = kind_of_row.ravel() == number
+            matrix = np.reshape(cells, (2, 2)) if cells else None
+            result[same] = resample(pixels[same], float(size), self.grid, matrix)
         return result
 
     def _describe(self, row: int) -> str:

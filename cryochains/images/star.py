@@ -114,6 +114,9 @@ def _scan(path: Path) -> list[_StarBlock]:
     blocks: list[_StarBlock] = []
     offset = 0
     with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise _broken(path, "it is compressed, and has to be unpacked with gunzip first")
+        file.seek(0)
         for number, raw in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), b""), 1):
             if len(raw) > _MAX_LINE:
                 raise _broken(path, f"line {number} has more than {_MAX_LINE:,} characters")

@@ -107,7 +107,7 @@ def test_repr_is_short():
     assert repr(ctf[[]]) == "CTF(0 particles)"
 
 
-# B-factor, scale, magnification, symmetric aberrations
+# B-factor, scale, symmetric aberrations
 
 
 def with_more(ctf: CTF, **more) -> CTF:
@@ -117,8 +117,7 @@ def with_more(ctf: CTF, **more) -> CTF:
 def test_neutral_values_change_nothing():
     """Two ways to the same numbers: torch-ctf in float32, and RELION's formula in float64."""
     ctf = make_ctf(4)
-    more = {"magnification": torch.eye(2).expand(4, 2, 2), "even_zernikes": torch.zeros(4, 9)}
-    more |= {"b_factor": torch.zeros(4), "scale": torch.ones(4)}
+    more = {"even_zernikes": torch.zeros(4, 9), "b_factor": torch.zeros(4), "scale": torch.ones(4)}
     plain = ctf.evaluate(64, 2.0)
     torch.testing.assert_close(with_more(ctf, **more).evaluate(64, 2.0), plain, atol=2e-3, rtol=0)
     for name, value in more.items():
@@ -134,15 +133,6 @@ def test_b_factor_and_scale_damp():
     x, y = np.fft.rfftfreq(32, 2.0)[None, :], np.fft.fftfreq(32, 2.0)[:, None]
     factors = np.stack([np.exp(-20 * (x**2 + y**2)), np.full((32, 17), 0.7)])
     np.testing.assert_allclose(damped, ctf.evaluate(32, 2.0).numpy() * factors, atol=1e-5)
-
-
-def test_a_magnified_image_has_the_transfer_of_other_pixels():
-    """M = m times the unit matrix: the transfer at m k, which is that of pixels m times smaller."""
-    ctf = make_ctf(3)
-    magnified = with_more(ctf, magnification=1.03 * torch.eye(2).expand(3, 2, 2))
-    torch.testing.assert_close(
-        magnified.evaluate(64, 2.0), ctf.evaluate(64, 2.0 / 1.03), atol=2e-3, rtol=0
-    )
 
 
 def test_even_zernikes_of_degree_two_and_four_are_defocus_and_spherical_aberration():

@@ -11,8 +11,6 @@ from cryochains.images import load_particles
 from cryochains.images.cryosparc import write_array
 from cryochains.images.stacks import write_stack
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*magnification matrix")
-
 N = 4
 BOX = 8
 # What numbers are replaced by in texts, and names by.

@@ -1,6 +1,8 @@
 """Tables against the headers of their stacks, and what the caller knows better."""
 
+import gzip
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from scipy.spatial.transform import Rotation
 
-from cryochains.images import load_particles, random_rotations
+from cryochains.images import load_particles, open_source, random_rotations
 from cryochains.images.cryosparc import read_cs, with_fields, write_array
 from cryochains.images.resampling import Grid, resample
 from cryochains.images.stacks import StackFile, write_stack
@@ -85,7 +88,30 @@ def test_names_may_go_up_and_down(tmp_path):
     stack(tmp_path / "data" / "a.mrcs")
     (tmp_path / "job").mkdir()
     star = write(tmp_path / "job", table("../data/a.mrcs"))
-    assert len(load_particles(tmp_path / "job" / ".." / "job" / star.name)) == N
+    with pytest.warns(UserWarning, match=r"outside of its folders: \.\./data/a\.mrcs in row 1"):
+        assert len(load_particles(tmp_path / "job" / ".." / "job" / star.name)) == N
+
+
+def test_a_compressed_stack_is_read_through_its_table(tmp_path):
+    images = stack(tmp_path / "a.mrcs")
+    (tmp_path / "a.mrcs.gz").write_bytes(gzip.compress((tmp_path / "a.mrcs").read_bytes()))
+    (tmp_path / "a.mrcs").unlink()
+    particles = load_particles(write(tmp_path, table("a.mrcs.gz")))
+    torch.testing.assert_close(particles[[5, 2]].read_images(), images[[5, 2]])
+    # A table that is compressed is named as what it is.
+    packed = tmp_path / "b.star"
+    packed.write_bytes(gzip.compress((tmp_path / "a.star").read_bytes()))
+    with pytest.raises(ValueError, match="b.star .it is compressed, and has to be unpacked"):
+        load_particles(packed)
+
+
+def test_a_table_without_rows(tmp_path):
+    stack(tmp_path / "a.mrcs")
+    star = write(tmp_path)
+    text = star.read_text()
+    star.write_text("".join(line for line in text.splitlines(True) if "@" not in line))
+    with pytest.raises(ValueError, match="got data_particles without a row in .*a.star; try"):
+        load_particles(star)
 
 
 # Headers
@@ -192,15 +218,11 @@ def test_an_image_named_twice_is_one_warning(tmp_path):
     assert len(caught) == 1 and len(particles) == N
 
 
-@pytest.mark.filterwarnings("ignore:.*magnification matrix")
 def test_aberrations_of_a_table(tmp_path):
     stack(tmp_path / "a.mrcs")
-    matrix = {"rlnMagMat00": 1.01, "rlnMagMat01": 0.02, "rlnMagMat10": 0.0, "rlnMagMat11": 0.99}
     lists = {"rlnEvenZernike": ["[0.1,0,-0.2]"], "rlnOddZernike": ["[0,0]"], "rlnBeamTiltX": 0.0}
-    star = write(tmp_path, table(rlnCtfScalefactor=0.9), optics(**matrix, **lists))
-    with pytest.warns(UserWarning, match="a magnification matrix, which only the CTF"):
-        ctf = load_particles(star).ctf
-    assert ctf.magnification[2].flatten().tolist() == list(matrix.values())
+    star = write(tmp_path, table(rlnCtfScalefactor=0.9), optics(**lists))
+    ctf = load_particles(star).ctf
     assert ctf.even_zernikes[5].tolist() == [0.1, 0.0, -0.2]
     assert ctf.scale.tolist() == [0.9] * N and ctf.b_factor is None
     # Into a new table too, where they are no longer those of the file.
@@ -281,12 +303,17 @@ def test_several_optics_groups_are_brought_to_one(tmp_path):
     names = [f"{i + 1:06d}@{name}.mrcs" for i in range(3) for name in "ab"]
     groups = optics(2, rlnImagePixelSize=[2.0, 1.7], rlnImageSize=[32, 40])
     star = write(tmp_path, table(rlnImageName=names, rlnOpticsGroup=[1, 2] * 3), groups)
-    with pytest.raises(ValueError, match="expected one pixel size .* try optics_group="):
-        load_particles(star)
+    message = r"a\.star has images of 32 px × 2 Å \(3\), 40 px × 1\.7 Å \(3\): all are brought to "
+    with pytest.warns(UserWarning, match=message + "32 px × 2 Å as they are read") as caught:
+        by_default = load_particles(star)
+    assert len(caught) == 1 and by_default.box_size == 32 and by_default.pixel_size == 2.0
+    pixels = by_default.read_images()
+    torch.testing.assert_close(pixels[0], pixels[1], atol=5e-3, rtol=0)
+    with pytest.warns(UserWarning, match="all are brought to 24 px × 2.66667 Å"):
+        assert load_particles(star, box_size=24).box_size == 24
     for arguments, box, size in (
         ({"optics_group": 1}, 32, 2.0),
         ({"optics_group": 2}, 40, 1.7),
-        ({"box_size": 24}, 24, 64 / 24),
         ({"optics_group": 2, "box_size": 20}, 20, 3.4),
     ):
         particles = load_particles(star, **arguments)
@@ -299,6 +326,45 @@ def test_several_optics_groups_are_brought_to_one(tmp_path):
     particles.save(tmp_path / "one.star")
     again = load_particles(tmp_path / "one.star")
     torch.testing.assert_close(again.read_images(), particles.read_images(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "grid"),
+    [
+        # (box, Å) of two groups, and of what both are brought to.
+        ((32, 2.0), (48, 2.0), (32, 2.0)),
+        ((40, 1.7), (32, 2.0), (32, 2.0)),
+        # The coarser pixels are of much wider images.
+        ((32, 2.0), (40, 2.5), (24, 2.5)),
+    ],
+)
+def test_the_grid_that_all_groups_can_be_brought_to(tmp_path, first, second, grid):
+    blobs(tmp_path / "a.mrcs", *first)
+    blobs(tmp_path / "b.mrcs", *second)
+    names = [f"{i + 1:06d}@{name}.mrcs" for i in range(3) for name in "ab"]
+    boxes, sizes = zip(first, second, strict=True)
+    groups = optics(2, rlnImagePixelSize=list(sizes), rlnImageSize=list(boxes))
+    star = write(tmp_path, table(rlnImageName=names, rlnOpticsGroup=[1, 2] * 3), groups)
+    with pytest.warns(UserWarning, match=f"all are brought to {grid[0]} px × {grid[1]:g} Å"):
+        particles = load_particles(star)
+    assert (particles.box_size, particles.pixel_size) == grid
+    pixels = particles.read_images()
+    torch.testing.assert_close(pixels[0], pixels[1], atol=5e-3, rtol=0)
+    # The same again, from what a result remembers.
+    with pytest.warns(UserWarning, match="all are brought to"):
+        again = open_source(particles.source)
+    torch.testing.assert_close(again.read_images(), pixels, atol=0, rtol=0)
+
+
+def test_widths_that_have_little_in_common(tmp_path):
+    blobs(tmp_path / "a.mrcs", 32, 2.0)
+    blobs(tmp_path / "b.mrcs", 32, 5.0)
+    names = [f"{i + 1:06d}@{name}.mrcs" for i in range(3) for name in "ab"]
+    groups = optics(2, rlnImagePixelSize=[2.0, 5.0], rlnImageSize=32)
+    star = write(tmp_path, table(rlnImageName=names, rlnOpticsGroup=[1, 2] * 3), groups)
+    with pytest.raises(ValueError, match="images of about one width .* got 64 to 160 Å; try optic"):
+        load_particles(star)
+    assert load_particles(star, optics_group=1).pixel_size == 2.0
 
 
 # Real files
@@ -327,6 +393,39 @@ def test_a_real_cs_without_poses_or_images(particle_files):
         load_particles(particle_files / "empiar_10076_7.cs")
     with pytest.raises(FileNotFoundError, match="got no J19/extract/.* more; try datadir="):
         load_particles(particle_files / "cryosparc_P12_J24_001_particles.cs")
+
+
+def test_a_real_refinement_of_cryosparc(particle_files, tmp_path):
+    """Its poses and CTFs beside blank stacks of its names, and again out of a .star."""
+    name = "cryosparc_P12_J24_001_particles.cs"
+    array = np.load(particle_files / name, allow_pickle=False)
+    shutil.copy(particle_files / name, tmp_path / name)
+    for path in np.unique(array["blob/path"]):
+        file = tmp_path / path.decode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_stack(file, [torch.zeros(1, 180, 180)], n_images=1, box_size=180, pixel_size=2.95)
+        n_images = int(array["blob/idx"][array["blob/path"] == path].max()) + 1
+        with open(file, "r+b") as stack_file:
+            stack_file.seek(8)
+            stack_file.write(np.int32(n_images).tobytes())
+            # As long as the header says, of zeros that take no room.
+            stack_file.truncate(1024 + n_images * 180 * 180 * 4)
+    particles = load_particles(tmp_path / name)
+    assert len(particles) == 2019 and particles.images.sign == -1
+    assert particles.pixel_size == pytest.approx(2.95) and particles.box_size == 180
+    turns = Rotation.from_rotvec(array["alignments3D/pose"]).inv().as_matrix()
+    np.testing.assert_allclose(particles.rotations, turns, atol=1e-6)
+    np.testing.assert_allclose(particles.shifts, -2.95 * array["alignments3D/shift"], atol=1e-5)
+    np.testing.assert_allclose(particles.ctf.defocus_u, array["ctf/df1_A"])
+    particles.save(tmp_path / "a.star", images=False)
+    star = load_particles(tmp_path / "a.star", invert=True)
+    torch.testing.assert_close(star.rotations, particles.rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(star.shifts, particles.shifts, atol=1e-5, rtol=0)
+    for one, other in zip(star.ctf.values(), particles.ctf.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-6)
+    particles[::2].save(tmp_path / "half.cs", images=False)
+    half = np.load(tmp_path / "half.cs", allow_pickle=False)
+    assert half.dtype == array.dtype and (half == array[::2]).all()
 
 
 def test_ctf_of_the_same_images_in_both_formats(particle_files, tmp_path):

@@ -269,26 +269,10 @@ def test_missing_columns_are_listed(tmp_path):
     )
 
 
-def test_different_pixel_sizes_and_boxes(tmp_path):
-    block = good(tmp_path).assign(rlnOpticsGroup=[1, 2, 1])
-    refused(
-        tmp_path,
-        r"expected one pixel size .*got 1\.1 to 1\.5 Å; try",
-        block,
-        optics_block(rlnImagePixelSize=[1.5, 1.1]),
-    )
-    stack(tmp_path / "b.mrcs", 2, box=10)
-    refused(
-        tmp_path,
-        r"expected one box size .*\[8, 10\] px",
-        block.assign(rlnImageName=["1@a.mrcs", "1@b.mrcs"] + ["2@a.mrcs"]),
-    )
-
-
 def test_unknown_optics_group(tmp_path):
     refused(
         tmp_path,
-        "expected optics group 7 in data_optics",
+        "expected optics group 7 of row 2 in data_optics",
         good(tmp_path).assign(rlnOpticsGroup=[1, 7, 1]),
     )
 

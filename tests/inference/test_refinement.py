@@ -27,7 +27,7 @@ from cryochains.model import (
     load_population,
     simulate_particles,
 )
-from cryochains.molecule import compute_modes
+from cryochains.molecule import compute_modes, morph
 
 BLURS = (6.0, 3.0, 0.0, 0.0)
 
@@ -839,3 +839,26 @@ def test_quiet_when_asked(closed, small, capfd):
     assert capfd.readouterr() == ("", "")
     refine(make_model(closed, small), small[:5], blurs=(0.0,), progress=True)
     assert "refining" in capfd.readouterr().err
+
+
+def test_binning_while_reading_is_binning_before(closed, opened, tmp_path):
+    particles = simulate_particles(
+        closed,
+        40,
+        conformations=morph(closed, opened, 20),
+        box_size=64,
+        snr_db=-3.0,
+        shift_std=2.0,
+        seed=6,
+        progress=False,
+    )
+    particles.save(tmp_path / "whole.star")
+    while_reading = load_particles(tmp_path / "whole.star", box_size=32)
+    while_reading.save(tmp_path / "binned.star")
+    before = load_particles(tmp_path / "binned.star")
+    torch.testing.assert_close(before.read_images(), while_reading.read_images(), atol=1e-5, rtol=0)
+    one, other = (
+        refine(make_model(closed, stack), stack, blurs=(6.0, 3.0), progress=False)
+        for stack in (while_reading, before)
+    )
+    assert ((one.latents - other.latents).abs() / one.std).max() < 0.01
