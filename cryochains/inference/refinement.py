@@ -22,6 +22,7 @@ images), `_learn` (EM) and `_propose` (the next latents).
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -136,6 +137,9 @@ def refine(
         Chooses the particles that the population is learned from.
     checkpoint : path, optional
         Written after every pass; a run that was cut resumes from it and gives the same numbers.
+        Files beside it have ``.density1`` and ``.density2`` (of particles refined anew with other
+        beads) and ``.block1``, ``.block2``, … (of more than `n_population` particles) after its
+        name. Where there is no checkpoint yet, such files are of an earlier run and are removed.
     device : torch device, optional
         By default a GPU where there is one.
     progress : bool
@@ -174,6 +178,7 @@ def refine(
     if n_population < 1:
         raise ValueError(f"expected n_population of 1 or more, got {n_population}; try 4000")
     first = _checked_start(model, particles, population, start, blurs)
+    _remove_older_files(checkpoint)
     n = len(particles)
     given = model
     model = model.to(choose_device(device))
@@ -335,6 +340,16 @@ def _block_path(checkpoint: str | os.PathLike | None, number: int) -> Path | Non
     if checkpoint is None:
         return None
     return Path(checkpoint) if number == 0 else Path(f"{checkpoint}.block{number}")
+
+
+def _remove_older_files(checkpoint: str | os.PathLike | None) -> None:
+    """Remove what an earlier run left beside its checkpoint, where that is not there any more."""
+    if checkpoint is None or Path(checkpoint).exists() or not Path(checkpoint).parent.is_dir():
+        return
+    ours = re.compile(re.escape(Path(checkpoint).name) + r"\.(density[12]|block[1-9][0-9]*)")
+    for path in Path(checkpoint).parent.iterdir():
+        if ours.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _learn_population(
