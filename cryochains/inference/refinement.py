@@ -368,17 +368,23 @@ def _learn_population(
     # A checkpoint from after this was asked says that there was nothing.
     asks = n_passes in (None, len(state.history))
     learn = partial(learn_beads, device=run.model.device, progress=progress)
-    beads = learn(result, unbent(result)) if asks else None
-    if beads is None:
+    again = _begun_with_other_beads(given, run, 1)
+    if again is None:
+        beads = learn(result, unbent(result)) if asks else None
+        if beads is not None:
+            again = _with_other_beads(given, run, beads, unbent(result), 1)
+    if again is None:
         state = _run_passes(replace(run, state=state), progress)
         return run, state, _learned_population(run.model, state, None)
     # Now that density is known, chains need not bend into it any more.
-    again = _with_other_beads(given, run, beads, unbent(result), 1)
+    beads = again.model.beads
     after = _run_passes(again, progress)
     history = (*state.history, *after.history)
     result = _result_of(given, again, after, beads)
-    beads = learn(result) or beads
-    again = _with_other_beads(given, run, beads, result.latents, 2)
+    again = _begun_with_other_beads(given, run, 2)
+    if again is None:
+        again = _with_other_beads(given, run, learn(result) or beads, result.latents, 2)
+    beads = again.model.beads
     after = _run_passes(again, progress)
     state = replace(after, history=(*history, *after.history))
     return replace(again, start=run.start), state, _learned_population(run.model, state, beads)
@@ -389,14 +395,36 @@ def _with_other_beads(
 ) -> "_Run":
     """The particles refined anew from `latents`, with beads learned for the `number`th time."""
     blurs = tuple(blur for blur in run.blurs if blur <= _DENSITY_BLURS[number - 1])
-    path = None if run.checkpoint is None else Path(f"{run.checkpoint}.density{number}")
     return replace(
         run,
+        follows="" if run.checkpoint is None else _identity(run),
         model=given.with_beads(beads).to(run.model.device),
         start=latents,
         blurs=blurs or run.blurs[-1:],
-        checkpoint=path,
+        checkpoint=_density_path(run, number),
     )
+
+
+def _density_path(run: "_Run", number: int) -> Path | None:
+    return None if run.checkpoint is None else Path(f"{run.checkpoint}.density{number}")
+
+
+def _begun_with_other_beads(given: Model, run: "_Run", number: int) -> "_Run | None":
+    """What `_with_other_beads` gave before a run was cut; None where it was not begun.
+
+    Beads that were learned anew would differ by rounding, such as on another machine.
+    """
+    path = _density_path(run, number)
+    if path is None or not path.exists():
+        return None
+    tensors, meta = load_tensors(path, _CHECKPOINT_KIND)
+    if "start" not in tensors:
+        return None
+    if meta["follows"] != _identity(run):
+        raise ValueError(_another_run(run, path))
+    names = [field.name for field in fields(Beads)]
+    beads = Beads(*(tensors[f"beads/{name}"].numpy() for name in names))
+    return _with_other_beads(given, run, beads, tensors["start"], number)
 
 
 def _result_of(given: Model, run: "_Run", state: "_State", beads: Beads | None) -> Result:
@@ -450,6 +478,8 @@ class _Run:
     checkpoint : Path, optional
     state : _State, optional
         After the first passes, of a run that goes on.
+    follows : str, optional
+        Identity of the run whose particles are refined anew with beads that it learned.
     """
 
     model: Model
@@ -461,6 +491,7 @@ class _Run:
     batch_size: int
     checkpoint: Path | None
     state: "_State | None" = None
+    follows: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -1213,7 +1244,20 @@ def _save_checkpoint(run: _Run, identity: str, state: _State) -> None:
         "fingerprint": run.model.fingerprint,
         "identity": identity,
     }
+    if run.follows is not None and run.start is not None:
+        beads = run.model.beads
+        parts = {f"beads/{field.name}": getattr(beads, field.name) for field in fields(beads)}
+        tensors |= {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+        tensors["start"] = run.start
+        meta["follows"] = run.follows
     save_tensors(run.checkpoint, tensors, meta)
+
+
+def _another_run(run: _Run, path: Path) -> str:
+    return (
+        f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
+        f"and blurs, got another run's in {path}; try another checkpoint path"
+    )
 
 
 def _load_checkpoint(run: _Run, identity: str) -> _State | None:
@@ -1223,10 +1267,7 @@ def _load_checkpoint(run: _Run, identity: str) -> _State | None:
     tensors, meta = load_tensors(run.checkpoint, _CHECKPOINT_KIND)
     require_same_model(run.model, meta["fingerprint"], f"a checkpoint ({run.checkpoint})")
     if meta["identity"] != identity:
-        raise ValueError(
-            f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
-            f"and blurs, got another run's in {run.checkpoint}; try another checkpoint path"
-        )
+        raise ValueError(_another_run(run, run.checkpoint))
     known: dict[str, Any] = {name: tensors[name].to(run.model.device) for name in _STATE_TENSORS}
     return _State(
         **known,
