@@ -22,6 +22,7 @@ images), `_learn` (EM) and `_propose` (the next latents).
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -136,6 +137,9 @@ def refine(
         Chooses the particles that the population is learned from.
     checkpoint : path, optional
         Written after every pass; a run that was cut resumes from it and gives the same numbers.
+        Files beside it have ``.density1`` and ``.density2`` (of particles refined anew with other
+        beads) and ``.block1``, ``.block2``, … (of more than `n_population` particles) after its
+        name. Where there is no checkpoint yet, such files are of an earlier run and are removed.
     device : torch device, optional
         By default a GPU where there is one.
     progress : bool
@@ -174,6 +178,7 @@ def refine(
     if n_population < 1:
         raise ValueError(f"expected n_population of 1 or more, got {n_population}; try 4000")
     first = _checked_start(model, particles, population, start, blurs)
+    _remove_older_files(checkpoint)
     n = len(particles)
     given = model
     model = model.to(choose_device(device))
@@ -337,6 +342,16 @@ def _block_path(checkpoint: str | os.PathLike | None, number: int) -> Path | Non
     return Path(checkpoint) if number == 0 else Path(f"{checkpoint}.block{number}")
 
 
+def _remove_older_files(checkpoint: str | os.PathLike | None) -> None:
+    """Remove what an earlier run left beside its checkpoint, where that is not there any more."""
+    if checkpoint is None or Path(checkpoint).exists() or not Path(checkpoint).parent.is_dir():
+        return
+    ours = re.compile(re.escape(Path(checkpoint).name) + r"\.(density[12]|block[1-9][0-9]*)")
+    for path in Path(checkpoint).parent.iterdir():
+        if ours.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
 def _learn_population(
     given: Model, run: "_Run", progress: bool
 ) -> tuple["_Run", "_State", Population]:
@@ -353,17 +368,23 @@ def _learn_population(
     # A checkpoint from after this was asked says that there was nothing.
     asks = n_passes in (None, len(state.history))
     learn = partial(learn_beads, device=run.model.device, progress=progress)
-    beads = learn(result, unbent(result)) if asks else None
-    if beads is None:
+    again = _begun_with_other_beads(given, run, 1)
+    if again is None:
+        beads = learn(result, unbent(result)) if asks else None
+        if beads is not None:
+            again = _with_other_beads(given, run, beads, unbent(result), 1)
+    if again is None:
         state = _run_passes(replace(run, state=state), progress)
         return run, state, _learned_population(run.model, state, None)
     # Now that density is known, chains need not bend into it any more.
-    again = _with_other_beads(given, run, beads, unbent(result), 1)
+    beads = again.model.beads
     after = _run_passes(again, progress)
     history = (*state.history, *after.history)
     result = _result_of(given, again, after, beads)
-    beads = learn(result) or beads
-    again = _with_other_beads(given, run, beads, result.latents, 2)
+    again = _begun_with_other_beads(given, run, 2)
+    if again is None:
+        again = _with_other_beads(given, run, learn(result) or beads, result.latents, 2)
+    beads = again.model.beads
     after = _run_passes(again, progress)
     state = replace(after, history=(*history, *after.history))
     return replace(again, start=run.start), state, _learned_population(run.model, state, beads)
@@ -374,14 +395,36 @@ def _with_other_beads(
 ) -> "_Run":
     """The particles refined anew from `latents`, with beads learned for the `number`th time."""
     blurs = tuple(blur for blur in run.blurs if blur <= _DENSITY_BLURS[number - 1])
-    path = None if run.checkpoint is None else Path(f"{run.checkpoint}.density{number}")
     return replace(
         run,
+        follows="" if run.checkpoint is None else _identity(run),
         model=given.with_beads(beads).to(run.model.device),
         start=latents,
         blurs=blurs or run.blurs[-1:],
-        checkpoint=path,
+        checkpoint=_density_path(run, number),
     )
+
+
+def _density_path(run: "_Run", number: int) -> Path | None:
+    return None if run.checkpoint is None else Path(f"{run.checkpoint}.density{number}")
+
+
+def _begun_with_other_beads(given: Model, run: "_Run", number: int) -> "_Run | None":
+    """What `_with_other_beads` gave before a run was cut; None where it was not begun.
+
+    Beads that were learned anew would differ by rounding, such as on another machine.
+    """
+    path = _density_path(run, number)
+    if path is None or not path.exists():
+        return None
+    tensors, meta = load_tensors(path, _CHECKPOINT_KIND)
+    if "start" not in tensors:
+        return None
+    if meta["follows"] != _identity(run):
+        raise ValueError(_another_run(run, path))
+    names = [field.name for field in fields(Beads)]
+    beads = Beads(*(tensors[f"beads/{name}"].numpy() for name in names))
+    return _with_other_beads(given, run, beads, tensors["start"], number)
 
 
 def _result_of(given: Model, run: "_Run", state: "_State", beads: Beads | None) -> Result:
@@ -435,6 +478,8 @@ class _Run:
     checkpoint : Path, optional
     state : _State, optional
         After the first passes, of a run that goes on.
+    follows : str, optional
+        Identity of the run whose particles are refined anew with beads that it learned.
     """
 
     model: Model
@@ -446,6 +491,7 @@ class _Run:
     batch_size: int
     checkpoint: Path | None
     state: "_State | None" = None
+    follows: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -1198,7 +1244,20 @@ def _save_checkpoint(run: _Run, identity: str, state: _State) -> None:
         "fingerprint": run.model.fingerprint,
         "identity": identity,
     }
+    if run.follows is not None and run.start is not None:
+        beads = run.model.beads
+        parts = {f"beads/{field.name}": getattr(beads, field.name) for field in fields(beads)}
+        tensors |= {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+        tensors["start"] = run.start
+        meta["follows"] = run.follows
     save_tensors(run.checkpoint, tensors, meta)
+
+
+def _another_run(run: _Run, path: Path) -> str:
+    return (
+        f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
+        f"and blurs, got another run's in {path}; try another checkpoint path"
+    )
 
 
 def _load_checkpoint(run: _Run, identity: str) -> _State | None:
@@ -1208,10 +1267,7 @@ def _load_checkpoint(run: _Run, identity: str) -> _State | None:
     tensors, meta = load_tensors(run.checkpoint, _CHECKPOINT_KIND)
     require_same_model(run.model, meta["fingerprint"], f"a checkpoint ({run.checkpoint})")
     if meta["identity"] != identity:
-        raise ValueError(
-            f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
-            f"and blurs, got another run's in {run.checkpoint}; try another checkpoint path"
-        )
+        raise ValueError(_another_run(run, run.checkpoint))
     known: dict[str, Any] = {name: tensors[name].to(run.model.device) for name in _STATE_TENSORS}
     return _State(
         **known,

@@ -18,6 +18,7 @@ from .microscope import Microscope, require_fit_in_box
 _PART_NAMES = {
     "structure": "structure or bodies",
     "atoms": "beads or imaging atoms",
+    "beads": "beads or imaging atoms",
     "switches": "number of modes, or whether chains turn and shift",
     "modes": "modes",
     "origin": "origin",
@@ -198,17 +199,13 @@ class Model:
         JSON-able. `require_same_model` compares two and says which part differs.
         """
         microscope, structure = self.microscope, self.structure
-        # To a thousandth of an Å, as files have them.
-        beads = self.beads
-        parts = [beads.coords, beads.weights]
-        if self.sigma is None:
-            parts.append(beads.widths)
-        digests = [np.round(1000 * part).astype("<i8") for part in parts]
+        n_beads = np.bincount(self.beads.node, minlength=structure.n_nodes)
         n_modes = "none" if self.modes is None else str(self.modes.n_modes)
         dynamics = self.dynamics
         return {
             "structure": structure.content_hash,
-            "atoms": content_digest(*digests),
+            "atoms": content_digest(n_beads),
+            "beads": _bead_numbers(self.beads, structure.n_nodes, self.sigma is None),
             "switches": f"modes {n_modes}, {dynamics.rotation}, {dynamics.translation}",
             "modes": [] if self.modes is None else _mode_numbers(self.modes),
             "origin": microscope.origin.tolist(),
@@ -230,9 +227,13 @@ def require_same_model(model: Model, fingerprint: Mapping, what: str) -> None:
     `what` says what the fingerprint belongs to, such as "a population".
     """
     own = model.fingerprint
+    if "beads" not in fingerprint:
+        own = own | {"atoms": _older_digest(model), "beads": None}
     differing = [
         name for key, name in _PART_NAMES.items() if not _same_part(own[key], fingerprint.get(key))
     ]
+    # A name that two parts share is said once.
+    differing = list(dict.fromkeys(differing))
     if differing:
         raise ValueError(
             f"expected {what} of {model!r}, got one of another model: what differs is its "
@@ -295,6 +296,28 @@ def _mode_numbers(modes: Modes) -> list[float]:
         products = vectors.reshape(len(vectors), -1) @ direction
         numbers += products.round(6).tolist()
     return numbers
+
+
+def _bead_numbers(beads: Beads, n_nodes: int, with_widths: bool) -> list[float]:
+    """What the beads of every node amount to, as `_mode_numbers`.
+
+    Sums over a node's beads, since their order and centroids follow the order of the atoms.
+    """
+    values = [np.ones(len(beads)), *beads.coords.T, (beads.coords**2).sum(1) / 100]
+    if with_widths:
+        values.append(beads.widths**2)
+    sums = [np.bincount(beads.node, beads.weights * value, n_nodes) for value in values]
+    direction = np.cos(1.0 + 12.9898 * np.arange(n_nodes))
+    return (np.array(sums) @ direction).round(6).tolist()
+
+
+def _older_digest(model: Model) -> str:
+    """What stood for the beads in files that were written before their numbers did."""
+    beads = beads_of(model.structure, model.sigma)
+    parts = [beads.coords, beads.weights]
+    if model.sigma is None:
+        parts.append(beads.widths)
+    return content_digest(*(np.round(1000 * part).astype("<i8") for part in parts))
 
 
 def _same_part(a: object, b: object) -> bool:

@@ -49,6 +49,9 @@ _LIGAND_ATOMS = 6
 _FIRST_LIGAND = 3
 # Å, how far atoms that were not modelled may be from those of their residue that were.
 _UNSEEN_SPREAD = 1.7
+# Å within which two beads of a node are the same: far less than beads of a residue are apart, far
+# more than machines and files round.
+_SAME_BEAD = 0.01
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,7 +180,7 @@ def compare_beads(structure: Structure, own: Beads, other: Beads) -> tuple[np.nd
     """
     n = structure.n_nodes
     distance, row = cKDTree(own.coords).query(other.coords)
-    same = (distance == 0) & (own.node[row] == other.node)
+    same = (distance < _SAME_BEAD) & (own.node[row] == other.node)
     theory = np.bincount(own.node, own.weights, minlength=n)
     seen = np.bincount(other.node[same], other.weights[same], minlength=n)
     beside = np.bincount(other.node[~same], other.weights[~same], minlength=n)

@@ -30,6 +30,21 @@ def test_an_atom_far_outside_adds_nothing():
     assert not scattered((0.0, -1e6)).any()
 
 
+def test_an_atom_does_not_leave_traces_in_the_next():
+    """Where rounding finds a pixel more in a row through its centre than in its window."""
+    grid = 1.94 * torch.arange(-32.0, 32.0)
+    x, sigma = 37.2454719543457, 1.4762698411941528
+    xy = torch.tensor([[[x + 5 * sigma, -40.0], [x, 0.0]]])
+    sigmas = torch.tensor([[3.0, sigma]])
+    amplitudes = torch.tensor([[1e6, 1.0]])
+    tangents = torch.ones(1, 1, 2, 2)
+    both = scatter.scatter_tangents(xy, tangents, amplitudes, grid, sigmas)[0, 0]
+    alone = (xy[:, 1:], tangents[:, :, 1:], amplitudes[:, 1:], grid, sigmas[:, 1:])
+    # The bright atom is 40 Å from this row.
+    middle = scatter.scatter_tangents(*alone)[0, 0, 32]
+    torch.testing.assert_close(both[32], middle, rtol=0, atol=1e-5)
+
+
 def test_where_nothing_can_be_written_every_process_compiles_for_itself(monkeypatch):
     compile_one = numba.njit
 

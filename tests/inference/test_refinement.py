@@ -409,6 +409,19 @@ def test_steps_that_made_things_worse_are_taken_back(closed, small, refined, mon
     assert_same(resumed, whole)
 
 
+def test_files_that_an_earlier_run_left_are_no_hindrance(closed, small, tmp_path):
+    """Its checkpoint is gone, but not the files beside that; others of like names are kept."""
+    checkpoint = tmp_path / "run.safetensors"
+    for ending in (".density1", ".density2", ".block1", ".block12", ".block1.txt", ".density3"):
+        (tmp_path / f"{checkpoint.name}{ending}").write_text("of an earlier run")
+    settings = {"blurs": (6.0,), "n_population": 20, "progress": False}
+    model = make_model(closed, small)
+    result = refine(model, small[:40], checkpoint=checkpoint, **settings)
+    assert_same(result, refine(model, small[:40], **settings))
+    left = {path.name.removeprefix(checkpoint.name) for path in tmp_path.iterdir()}
+    assert left == {"", ".block1", ".block1.txt", ".density3"}
+
+
 def test_a_finished_run_is_read_from_its_checkpoint(closed, small, tmp_path, monkeypatch):
     settings = {"blurs": BLURS[:2], "progress": False, "checkpoint": tmp_path / "run.safetensors"}
     first = refine(make_model(closed, small), small[:10], **settings)

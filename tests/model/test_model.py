@@ -28,6 +28,8 @@ from cryochains.molecule import (
 )
 
 BOX, PIXEL = 32, 5.0
+# Of the beads of glua3-closed, as files had it before they had numbers.
+OLDER_DIGEST = "35b705798c39f4da"
 
 
 def make(structure, **settings) -> Model:
@@ -323,6 +325,29 @@ def test_modes_that_differ_by_rounding_are_the_same(closed):
         make(closed, modes=replace(modes, vectors=rounded)).fingerprint,
         "a population",
     )
+
+
+@pytest.mark.parametrize("atoms", ["ca", "heavy"])
+def test_atoms_in_another_order_within_residues_are_the_same_molecule(closed, atoms):
+    group = closed.atoms
+    random = np.random.default_rng(0)
+    order = np.lexsort([random.random(group.numAtoms()), group.getResindices()])
+    other = prody.AtomGroup("another order")
+    other.setCoords(group.getCoords()[order])
+    for name in ("names", "resnums", "resnames", "chids", "elements", "icodes"):
+        values = getattr(group, f"get{name.capitalize()}")()
+        getattr(other, f"set{name.capitalize()}")(values[order])
+    models = [make(load_structure(of, atoms=atoms)) for of in (group, other)]
+    require_same_model(models[0], models[1].fingerprint, "a population")
+
+
+def test_fingerprints_of_older_files_are_understood():
+    model = make(load_structure("glua3-closed"))
+    older = {key: value for key, value in model.fingerprint.items() if key != "beads"}
+    older["atoms"] = OLDER_DIGEST
+    require_same_model(model, older, "a population")
+    with pytest.raises(ValueError, match="what differs is its beads or imaging atoms; try"):
+        require_same_model(model, older | {"atoms": "0123456789abcdef"}, "a population")
 
 
 def test_same_latents_of_other_switches_are_told_apart(closed):

@@ -355,6 +355,15 @@ def test_beads_compared_with_themselves(methylase):
     assert not beside.any()
 
 
+def test_beads_that_were_rounded_otherwise_are_the_same(methylase):
+    beads = residue_beads(methylase)
+    off = np.random.default_rng(0).normal(0, 1e-9, beads.coords.shape)
+    jittered = replace(beads, coords=beads.coords + off)
+    occupancy, beside = compare_beads(methylase, beads, jittered)
+    np.testing.assert_allclose(occupancy, 1)
+    assert not beside.any()
+
+
 def test_what_is_seen_of_each_residue(methylase):
     """Beads that weigh less or are gone, and others beside them, in any order."""
     beads = residue_beads(methylase)
