@@ -85,7 +85,7 @@ def save_densities(
     coords = ensemble.getCoordsets()
     files = _series(path, len(coords))
     voxel = resolution / _VOXELS
-    corner, shape = _common_grid(coords, voxel, resolution)
+    corner, shape = _grid_around(coords, voxel, resolution)
     weights = model.structure.all_atoms().weights
     with ExitStack() as stack:
         # All are drawn before the first gets its name.
@@ -119,7 +119,7 @@ def _series(path: Path, n: int) -> list[Path]:
     return files
 
 
-def _common_grid(
+def _grid_around(
     coords: np.ndarray, voxel: float, resolution: float
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """(x, y, z) Å of the first voxel, and (z, y, x) voxels, around (m, n, 3) coordinates."""

@@ -202,7 +202,7 @@ class ElasticPrior:
     kinds : tuple of (p,) bool tensors
         Which latents are of each kind that this model has.
     joints : (p, p) float64 tensor or None
-        Precision by which bodies that a bond joins stay together; see `joint_precision`.
+        Precision by which bodies that a bond joins stay together; see `_joint_precision`.
     """
 
     variance: Tensor
@@ -220,7 +220,7 @@ class ElasticPrior:
 def elastic_prior(dynamics: Dynamics) -> ElasticPrior:
     """The prior's constants, on the device of `dynamics`."""
     masks = [torch.from_numpy(dynamics.latent_kind == kind) for kind in KINDS]
-    joints = joint_precision(dynamics)
+    joints = _joint_precision(dynamics)
     return ElasticPrior(
         elastic_variance(dynamics).to(dynamics.device),
         mode_limit(dynamics).to(dynamics.device),
@@ -229,7 +229,7 @@ def elastic_prior(dynamics: Dynamics) -> ElasticPrior:
     )
 
 
-def joint_precision(dynamics: Dynamics) -> Tensor | None:
+def _joint_precision(dynamics: Dynamics) -> Tensor | None:
     """(p, p) Å⁻², Σ over joints of JᵀJ / gap²; None where no bond joins two bodies.
 
     J (3, p) is the derivative of the vector from one bonded node to the next by the latents, at the
@@ -304,10 +304,35 @@ def mode_limit(dynamics: Dynamics) -> Tensor:
 def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
     """(p, p) covariance from a `scatter` summed over `n` particles, shrunk towards the prior.
 
-    The inverse-Wishart maximum a posteriori with p prior degrees of freedom. The prior's amplitude,
-    one a kind of latent, is that of the particles themselves: only its shape (soft modes move more,
-    latents are independent) counts.
+    Directions in which particles vary by more than chance makes of independent latents are kept as
+    they are: those whose variance, each latent over its own standard deviation, is above the edge
+    (1 + √(p/n))² (Marchenko and Pastur 1967). Of the others, the inverse-Wishart maximum a
+    posteriori with p prior degrees of freedom: shrunk together, a leading motion would widen all of
+    them by a share p/(n + p) of its own variance. The prior's amplitude, one a kind of latent, is
+    that of the particles themselves: only its shape (soft modes move more, latents are independent)
+    counts.
     """
+    p = len(scatter)
+    spread = _shrunk(scatter, n, prior).diagonal().sqrt()
+    outer = spread[:, None] * spread
+    whitened = scatter / n / outer
+    variances, directions = torch.linalg.eigh(whitened)
+    leading = directions[:, variances > (1 + np.sqrt(p / n)) ** 2]
+    kept = leading @ (leading.T @ whitened @ leading) @ leading.T
+    # Of a symmetric matrix the part that leading directions have nothing of.
+    beside = torch.eye(p).to(scatter) - leading @ leading.T
+    rest = _shrunk(n * outer * (beside @ whitened @ beside), n, prior)
+    covariance = outer * (kept + beside @ (rest / outer) @ beside)
+    # As wide, kind by kind, as the particles are.
+    factor = torch.ones_like(spread)
+    for of_kind in prior.kinds:
+        observed = scatter.diagonal()[of_kind].sum() / n
+        factor[of_kind] = (observed / covariance.diagonal()[of_kind].sum()).sqrt()
+    return factor[:, None] * covariance * factor
+
+
+def _shrunk(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
+    """(p, p) the inverse-Wishart maximum a posteriori."""
     p = len(scatter)
     observed = scatter.diagonal()
     target = prior.variance.clone()

@@ -27,7 +27,7 @@ _MOST_CUTS = 8
 _WORTH_A_CUT = 0.4
 # Å within which nodes touch that are more than so many residues apart.
 _TOUCHING = 10.0
-_APART = 3
+_SEQUENCE_APART = 3
 # Touching nodes that a loose end has at most, and how many more make it count wholly.
 _LOOSE = 2
 _WHOLE = 6
@@ -83,7 +83,7 @@ def _distance_variance(
 def _contact_weights(coords: np.ndarray) -> np.ndarray:
     """(n,) from almost nothing for loose ends to 1 for what is packed."""
     i, j = cKDTree(coords).query_pairs(_TOUCHING, output_type="ndarray").T
-    far = np.abs(i - j) > _APART
+    far = np.abs(i - j) > _SEQUENCE_APART
     touching = np.bincount(np.concatenate([i[far], j[far]]), minlength=len(coords))
     return np.clip((touching - _LOOSE) / _WHOLE, _LEAST_WEIGHT, 1.0)
 

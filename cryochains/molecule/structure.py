@@ -30,6 +30,8 @@ from .writing import write_structure
 
 # Bodies that a line of text names one by one.
 MOST_NAMED_CHAINS = 8
+# Parts of chains whose residues a line of text names.
+_MOST_PARTS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,11 +270,20 @@ class Structure:
             ranges.append(f"{chids[first]} {numbers[first]}–{end}")
         return tuple(ranges)
 
+    @property
+    def _has_parts_of_chains(self) -> bool:
+        """Whether two bodies are parts of one chain: copies of a chain have the same numbers."""
+        chids = self.atoms.getChids()[self.node_rows]
+        numbers = self.atoms.getResnums()[self.node_rows]
+        bodies = len(set(zip(chids, self.node_chain, strict=True)))
+        residues = len(set(zip(chids, numbers, strict=True)))
+        return bodies > len(set(chids)) and residues == self.n_nodes
+
     def __repr__(self) -> str:
         chains = f"chains {self.chain_summary}"
         if self.n_chains > MOST_NAMED_CHAINS:
             chains = f"{self.n_chains} {chains}"
-        elif set(self.chain_ids) != set(self.atoms.getChids()[self.node_rows]):
+        elif self.n_chains <= _MOST_PARTS and self._has_parts_of_chains:
             pairs = zip(self.chain_ids, self.residue_ranges, strict=True)
             chains = ", ".join(f"{name} ({residues})" for name, residues in pairs)
             chains = f"bodies {chains}"

@@ -21,7 +21,7 @@ from cryochains.model import (
     shrink_covariance,
 )
 from cryochains.model.population import MAX_BOND_STRETCH, START_SPREAD
-from cryochains.molecule import compute_modes, residue_beads
+from cryochains.molecule import compute_modes, load_structure, residue_beads
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,49 @@ def test_shrunk_covariance_can_be_inverted(dynamics, prior, n):
     shrunk = shrink_covariance(scatter, n, prior)
     torch.testing.assert_close(shrunk, shrunk.mT)
     assert torch.linalg.eigvalsh(shrunk).min() > 0
+
+
+def test_a_leading_direction_does_not_widen_the_others(dynamics, prior):
+    """One motion of 3 Å, and next to nothing else: shrinking keeps the one and the other."""
+    n, p = 100, dynamics.n_latents
+    rng = np.random.default_rng(3)
+    direction = rng.normal(size=p)
+    direction /= np.linalg.norm(direction)
+    latents = 3 * rng.normal(size=(n, 1)) * direction + 0.05 * rng.normal(size=(n, p))
+    scatter = torch.from_numpy(latents.T @ latents)
+    shrunk = shrink_covariance(scatter, n, prior)
+    along = float(direction @ shrunk.numpy() @ direction)
+    assert along == pytest.approx(float(direction @ scatter.numpy() @ direction) / n, rel=0.1)
+    # Shrunk together, p / (n + p) of it would go to the others.
+    others = float(shrunk.trace()) - along
+    assert others < 0.05 * along
+    assert 0.3 * p * 0.05**2 < others
+
+
+def test_joined_bodies_do_not_part(closed):
+    """Two halves of a chain turn and shift, and where they meet they stay together."""
+    selections = {
+        "head": "chain A and resnum 1 to 150",
+        "tail": "chain A and resnum 151 to 400",
+        "other": "chain B",
+    }
+    halves = load_structure("glua3-closed", bodies=selections)
+    dynamics = Dynamics(halves)
+    prior = elastic_prior(dynamics)
+    assert prior.joints is not None
+    assert elastic_prior(Dynamics(closed)).joints is None
+    covariance = prior.covariance(0.1 * prior.variance)
+    apart = (0.1 * prior.variance).diag()
+    edge = int(np.flatnonzero(halves.node_chain == 1)[0])
+    gaps = []
+    for one in (covariance, apart):
+        draws = torch.randn(400, len(one), generator=torch.Generator().manual_seed(0)).double()
+        moved = dynamics.decode(draws @ torch.linalg.cholesky(one).T)
+        gaps.append(float((moved[:, edge] - moved[:, edge - 1]).std(0).norm()))
+    assert gaps[0] < 0.8 * gaps[1]
+    # What the third body does is nobody else's business.
+    third = torch.from_numpy(dynamics.latent_chain == 2)
+    torch.testing.assert_close(covariance[third][:, third], apart[third][:, third])
 
 
 def test_shrinking_leaves_prior_and_scatter_alone(dynamics, prior):

@@ -6,7 +6,7 @@ import prody
 import pytest
 from scipy.spatial.transform import Rotation
 
-from cryochains.molecule import Modes, compute_modes, load_structure, quiet_prody
+from cryochains.molecule import Modes, compute_modes, load_structure, network, quiet_prody
 from cryochains.molecule import modes as module
 from cryochains.molecule.sources import cache_folder
 
@@ -53,7 +53,7 @@ def test_eigenvalues_and_modes_are_those_of_prody(ubiquitin):
 
 @pytest.mark.parametrize("sparse_above", [0, 10**6])
 def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_above, monkeypatch):
-    monkeypatch.setattr(module, "_SPARSE_ABOVE", sparse_above)
+    monkeypatch.setattr(network, "_SPARSE_ABOVE", sparse_above)
     modes = compute_modes(closed, 50, cache=False)
     assert modes.chain_ids == ("A", "B") and modes.n_modes == (50, 50)
     assert modes.structure_hash == closed.content_hash
@@ -71,9 +71,9 @@ def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_a
 
 
 def test_sparse_and_dense_agree(closed, monkeypatch):
-    monkeypatch.setattr(module, "_SPARSE_ABOVE", 10**6)
+    monkeypatch.setattr(network, "_SPARSE_ABOVE", 10**6)
     dense = compute_modes(closed, (30, 10), cache=False)
-    monkeypatch.setattr(module, "_SPARSE_ABOVE", 0)
+    monkeypatch.setattr(network, "_SPARSE_ABOVE", 0)
     sparse = compute_modes(closed, (30, 10), cache=False)
     assert dense.n_modes == sparse.n_modes == (30, 10)
     for c in range(2):
