@@ -650,6 +650,9 @@ def _run_passes(run: _Run, progress: bool, n_passes: int | None = None) -> _Stat
         leave=n_passes is None,
     ) as bar:
         while not _is_done(run, state) and len(state.history) != n_passes:
+            if len(state.history) >= len(run.blurs):
+                # More passes than planned, until nothing moves any more.
+                bar.total += n
             state = _one_pass(run, constants, state, bar.update)
             last = state.history[-1]
             bar.set_postfix(blur=f"{last['blur']:g} Å", step=f"{last['step']:.2f} Å")
@@ -1229,8 +1232,7 @@ def _identity(run: _Run) -> str:
     if population is not None:
         given = (*population.tensors().values(), str(population.description()))
     start = -1 if run.start is None else run.start
-    beads = [getattr(run.model.beads, field.name) for field in fields(run.model.beads)]
-    return content_digest(run.particles.digest(), run.blurs, start, *given, *beads)
+    return content_digest(run.particles.digest(), run.blurs, start, *given)
 
 
 def _save_checkpoint(run: _Run, identity: str, state: _State) -> None:

@@ -101,6 +101,8 @@ class Model:
         pixel_size: float | None = None,
     ) -> None:
         box_size, pixel_size = _image_size(particles, box_size, pixel_size)
+        if sigma is not None and not 0 < sigma < np.inf:
+            raise ValueError(f"expected a positive sigma in Å, got {sigma}; try 2.0, or None")
         beads = beads_of(structure, sigma)
         microscope = Microscope(beads.weights, box_size, pixel_size, structure.origin, beads.widths)
         require_fit_in_box(structure.coords, structure.origin, box_size, pixel_size)

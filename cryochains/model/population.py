@@ -95,7 +95,7 @@ class Population:
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, whole or not at all; it holds no coordinates."""
+        """Write a safetensors file, whole or not at all; no coordinates but of learned beads."""
         meta = {"kind": _POPULATION_KIND, **self.description()}
         save_tensors(path, self.tensors(), meta)
 

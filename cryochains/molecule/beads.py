@@ -44,7 +44,7 @@ _BACKBONE = ("N", "CA", "C", "O", "CB", "OXT")
 # Side chains of so many heavy atoms and more have a third bead, of the atoms from ε on.
 _LONG_SIDE_CHAIN = 5
 _FAR_LETTERS = "EZH"
-# Consecutive atoms of a ligand that are one bead.
+# Atoms of a ligand that are one bead.
 _LIGAND_ATOMS = 6
 _FIRST_LIGAND = 3
 # Å, how far atoms that were not modelled may be from those of their residue that were.
@@ -72,7 +72,7 @@ class Beads:
     Raises
     ------
     ValueError
-        When shapes differ, or a width is not positive.
+        When they are not arrays, shapes differ, or a width is not positive.
     """
 
     coords: np.ndarray
@@ -81,8 +81,15 @@ class Beads:
     widths: np.ndarray
 
     def __post_init__(self) -> None:
-        n = len(self.coords)
-        shapes = [np.shape(part) for part in (self.coords, self.node, self.weights, self.widths)]
+        parts = (self.coords, self.node, self.weights, self.widths)
+        shapes = [np.shape(part) for part in parts]
+        if not all(isinstance(part, np.ndarray) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise ValueError(
+                f"expected coords (n, 3) and node, weights and widths (n,) as arrays, got {kinds}; "
+                "try residue_beads(structure)"
+            )
+        n = shapes[0][0] if shapes[0] else 0
         if not n or shapes != [(n, 3), (n,), (n,), (n,)]:
             raise ValueError(
                 f"expected coords (n, 3) and node, weights and widths (n,), got {shapes}; "
@@ -158,7 +165,8 @@ def move_beads(structure: Structure, beads: Beads, coords: np.ndarray) -> np.nda
     its chain is by superposition; beads that are the imaging atoms are where those are.
     """
     coords = np.asarray(coords, dtype=float)
-    if len(beads) == structure.n_atoms and np.array_equal(beads.coords, structure.coords):
+    at_atoms = len(beads) == structure.n_atoms
+    if at_atoms and np.allclose(beads.coords, structure.coords, rtol=0, atol=_SAME_BEAD):
         return coords
     chain = structure.node_chain[beads.node]
     moved = np.empty((len(coords), len(beads), 3))
@@ -191,6 +199,8 @@ def _turns(reference: np.ndarray, coords: np.ndarray) -> np.ndarray:
     """(m, 3, 3) rotations that take (n, 3) `reference` nearest to (m, n, 3) `coords` (Kabsch)."""
     centred = reference - reference.mean(0)
     products = np.einsum("mni,nj->mij", coords - coords.mean(1, keepdims=True), centred)
+    # Atoms on a line do not say how they turned about it: then as little as can be.
+    products += 1e-6 * np.eye(3)
     u, _, vt = np.linalg.svd(products)
     u[:, :, 2] *= np.sign(np.linalg.det(u @ vt))[:, None]
     return u @ vt
@@ -210,13 +220,14 @@ def _groups(structure: Structure, heavy: np.ndarray) -> np.ndarray:
     far = np.array([len(name) > 1 and name[1] in _FAR_LETTERS for name in names])
     far &= (n_side[node] >= _LONG_SIDE_CHAIN) & ~nucleotide[node]
     side = np.where(far, 2, 1)
-    of_ligand = _FIRST_LIGAND + _ligand_bead(residue[heavy])
+    of_ligand = _FIRST_LIGAND + _ligand_bead(residue[heavy], names)
     return np.where(in_polymer, np.where(backbone, 0, side), of_ligand)
 
 
-def _ligand_bead(residue: np.ndarray) -> np.ndarray:
+def _ligand_bead(residue: np.ndarray, names: np.ndarray) -> np.ndarray:
     """(n,) number of the bead of every atom, distinct between residues (n,)."""
-    order = np.argsort(residue, kind="stable")
+    # By their names, C2 before C10, so that the order of a file's atoms does not matter.
+    order = np.lexsort((np.char.rjust(names.astype(str), 4), residue))
     in_order = residue[order]
     rank = np.empty(len(residue), dtype=int)
     rank[order] = np.arange(len(residue)) - np.searchsorted(in_order, in_order)

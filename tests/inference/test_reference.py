@@ -291,3 +291,95 @@ def test_a_run_that_was_cut_resumes_exactly(lacking, whole, tmp_path, monkeypatc
     assert torch.equal(resumed.latents, whole.latents)
     assert torch.equal(resumed.std, whole.std)
     assert resumed.history == whole.history
+
+
+@pytest.fixture(scope="module")
+def blocks(lacking) -> Result:
+    """As `whole`, of more particles than the population is learned from."""
+    result = refine(lacking.model, lacking.particles[:60], n_population=30, **SHORT)
+    assert result.population.beads is not None
+    return result
+
+
+def refine_until(n_passes, *arguments, **settings) -> None:
+    """A refinement that is cut off after so many passes."""
+    original = cryochains.inference.refinement._one_pass
+    passes = iter(range(n_passes))
+
+    def cut(*arguments):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cryochains.inference.refinement, "_one_pass", cut)
+        refine(*arguments, **settings)
+
+
+def assert_same(resumed: Result, whole: Result) -> None:
+    for name in ("latents", "std", "scale", "noise", "responsibility"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+    assert resumed.history == whole.history
+    for name in ("coords", "node", "weights", "widths"):
+        of_both = (getattr(one.population.beads, name) for one in (resumed, whole))
+        np.testing.assert_array_equal(*of_both)
+
+
+@pytest.mark.parametrize("n_passes", [4, 7])
+def test_a_run_goes_on_where_beads_would_be_learned_otherwise(
+    lacking, whole, tmp_path, monkeypatch, n_passes
+):
+    """As on another machine, by a rounding error: those that were learned are kept."""
+    particles = lacking.particles[:40]
+    settings = {**SHORT, "checkpoint": tmp_path / "run.safetensors"}
+    refine_until(n_passes, lacking.model, particles, **settings)
+    original = cryochains.inference.refinement.learn_beads
+
+    def learn(*arguments, **settings):
+        beads = original(*arguments, **settings)
+        return None if beads is None else replace(beads, weights=np.nextafter(beads.weights, 9))
+
+    monkeypatch.setattr(cryochains.inference.refinement, "learn_beads", learn)
+    resumed = refine(lacking.model, particles, **settings)
+    torch.testing.assert_close(resumed.latents, whole.latents, rtol=0, atol=1e-2)
+
+    def learn_again(*arguments, **settings):
+        raise AssertionError("they are in the checkpoint")
+
+    # And those that were learned now are read too.
+    monkeypatch.setattr(cryochains.inference.refinement, "learn_beads", learn_again)
+    assert_same(refine(lacking.model, particles, **settings), resumed)
+
+
+@pytest.mark.parametrize("n_passes", [5, 8, 12, 16])
+def test_a_run_in_blocks_that_was_cut_resumes_exactly(lacking, blocks, tmp_path, n_passes):
+    """Cut while beads are learned, and within a block of particles beyond `n_population`."""
+    particles = lacking.particles[:60]
+    settings = {**SHORT, "n_population": 30, "checkpoint": tmp_path / "run.safetensors"}
+    refine_until(n_passes, lacking.model, particles, **settings)
+    assert_same(refine(lacking.model, particles, **settings), blocks)
+
+
+def test_files_that_an_earlier_run_left_do_not_stop_a_new_one(lacking, whole, tmp_path):
+    """Where its main file is gone; other files are let be."""
+    settings = {**SHORT, "checkpoint": tmp_path / "run.safetensors"}
+    refine_until(13, lacking.model, lacking.particles[:60], **settings, n_population=30)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {f"run.safetensors{part}" for part in ("", ".density1", ".density2")}
+    (tmp_path / "run.safetensors").unlink()
+    kept = [tmp_path / name for name in ("run.safetensors.block", "other.safetensors.density1")]
+    for path in kept:
+        path.write_text("not ours")
+    assert_same(refine(lacking.model, lacking.particles[:40], **settings), whole)
+    assert all(path.read_text() == "not ours" for path in kept)
+    assert not (tmp_path / "run.safetensors.block1").exists()
+
+
+def test_beads_of_another_run_are_refused(lacking, tmp_path):
+    particles = lacking.particles
+    one, other = (tmp_path / name for name in ("one.safetensors", "other.safetensors"))
+    refine_until(4, lacking.model, particles[:40], **SHORT, checkpoint=one)
+    refine_until(3, lacking.model, particles[5:45], **SHORT, checkpoint=other)
+    (tmp_path / "one.safetensors.density1").rename(tmp_path / "other.safetensors.density1")
+    with pytest.raises(ValueError, match="got another run's in .*other.safetensors.density1; try"):
+        refine(lacking.model, particles[5:45], **SHORT, checkpoint=other)
