@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .inference import (
         Result,
         check,
-        correct_reference,
         encode,
         information_limit,
         load_result,
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
         morph,
         superpose,
     )
-    from .view import explore, plots, save_motion, view_structure
+    from .view import explore, plots, save_motion, view_modes, view_structure
 
 __version__ = "0.1.0"
 
@@ -69,7 +68,6 @@ _PACKAGE_OF = {
     "refine": "inference",
     "Result": "inference",
     "load_result": "inference",
-    "correct_reference": "inference",
     "train_encoder": "inference",
     "encode": "inference",
     "score": "inference",
@@ -83,15 +81,16 @@ _PACKAGE_OF = {
     "save_motion": "view",
     "explore": "view",
     "view_structure": "view",
+    "view_modes": "view",
     "plots": "view",
 }
 
 # What was in the table before, still answered under its old name.
 _MOVED = {
+    "correct_reference": "inference",
     "density_table": "analysis",
     "describe_change": "molecule",
     "load_encoder": "inference",
-    "view_modes": "view",
 }
 
 __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
@@ -103,7 +102,6 @@ __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
     "compare_with_map",
     "compute_modes",
     "compute_pca",
-    "correct_reference",
     "describe_motion",
     "encode",
     "explore",
@@ -124,6 +122,7 @@ __all__ = [  # the keys of _PACKAGE_OF, written out for type checkers
     "simulate_particles",
     "superpose",
     "train_encoder",
+    "view_modes",
     "view_structure",
 ]
 

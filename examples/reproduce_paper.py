@@ -226,7 +226,7 @@ def refine_stacks(
     if key["reference"] == "corrected":
         first = checkpoint.with_stem(f"{checkpoint.stem}-first")
         learned = cc.refine(model, train, checkpoint=first, **settings)
-        model = build(key["model"], cc.correct_reference(learned, device=device), test)
+        model = build(key["model"], cc.inference.correct_reference(learned, device=device), test)
         first.unlink(missing_ok=True)
     learned = cc.refine(model, train, checkpoint=checkpoint, **settings)
     return learned, cc.refine(model, test, learned.population, device=device)

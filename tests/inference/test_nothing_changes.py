@@ -526,6 +526,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         for blur in (0.0, 9.0)
     ],
     "Structure.all_atoms": lambda g, f: g.closed.all_atoms(),
+    "Structure.as_domains": lambda g, f: g.closed.as_domains(),
     "Structure.as_one_body": lambda g, f: g.closed.as_one_body(),
     "Structure.with_coords": lambda g, f: g.closed.with_coords(g.closed.atoms.getCoords() + 1),
     "Structure.with_origin": lambda g, f: g.closed.with_origin([1.0, 2.0, 3.0]),
