@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..inference import Result, refine
+from .maps import require_whole_number
 from .motions import PrincipalMotions, compute_pca
 
 # Fewer particles teach no population.
@@ -47,8 +48,8 @@ class HalvesComparison:
         return (
             f"halves of {len(self.first.result):,} and {len(self.second.result):,} particles "
             f"{words} leading motion: overlap {self.overlap[0, best]:.2f} of PC1 with "
-            f"PC{best + 1}, {ours:.2f} and {theirs:.2f} Å (RMS over atoms); their mean "
-            f"conformations differ by {self.mean_distance:.2f} Å"
+            f"PC{best + 1}, {ours:.2f} and {theirs:.2f} Å a standard deviation "
+            f"(RMS over atoms); their mean conformations differ by {self.mean_distance:.2f} Å"
         )
 
     def __repr__(self) -> str:
@@ -93,7 +94,8 @@ def compare_halves(
     Raises
     ------
     ValueError
-        For a result without its particles, or fewer than eight that show the molecule.
+        For a result without its particles, or fewer than eight that show the molecule or are asked
+        for.
 
     Notes
     -----
@@ -121,15 +123,19 @@ def compare_halves(
             f"expected a result with its particles, got {result!r}; try "
             "load_result(path, particles)"
         )
+    require_whole_number(n_particles, 2 * _FEWEST_A_HALF, "n_particles", 8000)
     shown = np.flatnonzero(given.shows_molecule)
-    if len(shown) < 2 * _FEWEST_A_HALF:
+    # An image that is listed twice is in one half with both its rows.
+    images, image = np.unique(given.ids[shown].astype(str), return_inverse=True)
+    if len(images) < 2 * _FEWEST_A_HALF:
         raise ValueError(
             f"expected {2 * _FEWEST_A_HALF} particles or more that show the molecule, got "
-            f"{len(shown)}; try more particles"
+            f"{len(images)}; try more particles"
         )
-    order = np.random.default_rng(seed).permutation(shown)[:n_particles]
+    order = np.random.default_rng(seed).permutation(len(images))[:n_particles]
     motions = []
-    for rows in (np.sort(order[::2]), np.sort(order[1::2])):
+    for of_half in (order[::2], order[1::2]):
+        rows = shown[np.isin(image, of_half)]
         half = refine(
             given.model,
             given.particles[rows],

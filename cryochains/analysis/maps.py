@@ -33,6 +33,7 @@ from ..images import (
     untransform_volume,
 )
 from ..inference import Result, refine, require_same_ids
+from ..model import require_same_images
 from .motions import PrincipalMotions, compute_pca
 
 # Standard errors that a difference has to exceed.
@@ -46,6 +47,10 @@ _TINY_WEIGHT = 1e-12
 _UNEVEN_ERROR = 1.25
 # Fewer particles make no map.
 _FEWEST = 4
+# Shells that are compared of a map that resolves nothing.
+_FEWEST_SHELLS = 2
+# A curve along the line that varies by less says nothing of where a chain is.
+_FLAT = 1e-4
 # Of the line through both conformations, on which the second is at 0 and the first at 1.
 _LINE = np.linspace(-0.5, 1.5, 9)
 
@@ -148,6 +153,7 @@ class MapComparison:
         """(n_chains,) point of `line` where each chain correlates best with the map.
 
         By the parabola through the best and its neighbours; an end of the line may be beyond it.
+        NaN for a chain that is at the same place in both.
         """
         return np.array([_highest(self.line, curve) for curve in self.chain_correlation])
 
@@ -205,8 +211,8 @@ class EndsComparison:
             words = "not confirmed by maps of the images alone"
         numbers = " and ".join(f"{end.significance:+.1f}" for end in (self.low, self.high))
         return (
-            f"{self.label}, ends {self.distance:.1f} Å apart: {words}; each agrees with its own "
-            f"conformation rather than the other's by {numbers} standard errors"
+            f"{self.label}, ends {self.distance:.1f} Å apart: {words}; preference of each for its "
+            f"own conformation over the other's: {numbers} standard errors"
         )
 
     def __repr__(self) -> str:
@@ -281,6 +287,7 @@ def split_noise(
             f"expected a refined result with its particles, got {result!r}; try "
             "load_result(path, particles)"
         )
+    require_whole_number(n_particles, 1, "n_particles", 4000)
     rng = np.random.default_rng(seed)
     shown = np.flatnonzero(given.shows_molecule)
     chosen = np.sort(rng.permutation(shown)[:n_particles])
@@ -288,7 +295,7 @@ def split_noise(
     # A stack takes a tensor in place of its images.
     images: Any = particles.read_images()
     spectrum = None if given.population is None else given.population.noise_spectrum
-    noise = _draw_noise(given.noise[chosen], spectrum, particles.box_size, rng)
+    noise = _draw_noise(given.noise[chosen], spectrum, particles, rng)
     noisier = replace(particles, images=images + noise)
     again = refine(given.model, noisier, seed=seed, device=device, progress=progress, **settings)
     return again, replace(particles, images=images - noise)
@@ -355,6 +362,11 @@ def compare_with_map(
     group = _shown_rows(framed, rows)
     own = _mean_latents(framed, group)
     other = torch.zeros_like(own) if other is None else torch.as_tensor(other, dtype=own.dtype)
+    if other.shape != own.shape or not other.isfinite().all():
+        raise ValueError(
+            f"expected latents ({len(own)},), finite, got {tuple(other.shape)}; try "
+            "result.latents[row]"
+        )
     volume = _group_map(framed, stack, group, seed, device, progress)
     return _compare(framed, volume, (own, other), names, images is not None)
 
@@ -368,6 +380,7 @@ def compare_ends(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> EndsComparison:
     """Compare the maps of both ends of a component, each with its own conformation and the other's.
 
@@ -389,6 +402,8 @@ def compare_ends(
         `split_noise` gives beside the result of which these motions are. Nothing is then refined.
     seed, device, progress
         As of `compare_with_map`.
+    **settings
+        Of `split_noise` and `refine`, such as ``blurs``, where all is refined once more.
 
     Returns
     -------
@@ -398,7 +413,8 @@ def compare_ends(
     ------
     ValueError
         For a component that does not exist, a share that is not between 0 and 0.5, ends of fewer
-        than four particles, or a result without its particles or their noise.
+        than four particles, a result without its particles or their noise, or images of which, with
+        noise added, nothing of the reference is seen any more.
 
     Examples
     --------
@@ -413,9 +429,10 @@ def compare_ends(
     >>> compare_ends(motions, images=particles, progress=False)  # the latents are the true ones
     EndsComparison(PC1 of all chains, ... Å apart: maps of the images alone confirm the motion; ...
     """
-    if not 0 <= component < len(motions.components):
+    is_whole = isinstance(component, (int, np.integer))
+    if not is_whole or not 0 <= component < len(motions.components):
         raise ValueError(
-            f"expected a component from 0 to {len(motions.components) - 1}, got {component}; "
+            f"expected a component from 0 to {len(motions.components) - 1}, got {component!r}; "
             "try 0, which is PC1"
         )
     if not 0 < share <= 0.5:
@@ -427,7 +444,9 @@ def compare_ends(
             "larger share"
         )
     if images is None:
-        again, images = split_noise(motions.result, seed=seed, device=device, progress=progress)
+        again, images = split_noise(
+            motions.result, seed=seed, device=device, progress=progress, **settings
+        )
         motions, component = _same_motion(motions, component, again)
     framed = motions.result
     stack = _stack_of(framed, images)
@@ -451,12 +470,25 @@ def compare_ends(
     return EndsComparison(label, ends[0], ends[1], distance)
 
 
+def require_whole_number(value: Any, least: int, name: str, usual: int) -> None:
+    """Raise for what is no whole number of `least` or more."""
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(
+            f"expected {name} of {least} or more, a whole number, got {value!r}; try {usual:,}"
+        )
+
+
 def _draw_noise(
-    levels: Tensor, spectrum: Tensor | None, box_size: int, rng: np.random.Generator
+    levels: Tensor, spectrum: Tensor | None, particles: ParticleStack, rng: np.random.Generator
 ) -> Tensor:
-    """(n, box, box) noise of standard deviations (n,), and of the colour of a spectrum (R,)."""
-    shape = (len(levels), box_size, box_size)
-    noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    """(n, box, box) noise of standard deviations (n,), and of the colour of a spectrum (R,).
+
+    Of an image that is listed twice the same.
+    """
+    box_size = particles.box_size
+    images, image = np.unique(particles.ids.astype(str), return_inverse=True)
+    shape = (len(images), box_size, box_size)
+    noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))[image]
     noise *= levels[:, None, None]
     if spectrum is None:
         return noise
@@ -487,6 +519,7 @@ def _stack_of(result: Result, images: ParticleStack | None) -> ParticleStack:
     if images is None:
         return result.particles
     require_same_ids(images.ids, result.particles.ids, "images")
+    require_same_images(result.model, images)
     return replace(result.particles, images=images.images)
 
 
@@ -600,6 +633,8 @@ def _halves_of(volume: Map) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _highest(x: np.ndarray, y: np.ndarray) -> float:
     """Where evenly sampled y is highest, by the parabola through three points; or an end of x."""
+    if not np.ptp(y) > _FLAT:
+        return float("nan")
     best = int(np.argmax(y))
     if best in (0, len(y) - 1):
         return float(x[best])
@@ -635,7 +670,7 @@ def _noise_between_halves(volume: Map) -> _Noise:
     power = sum_shells(spectrum.abs().square()) / counts / np.mean(mask**2)
     weights = counts * fsc.clip(0.0, 1.0)
     weights[0] = 0
-    weights[max(volume.n_resolved, 2) :] = 0
+    weights[max(volume.n_resolved, _FEWEST_SHELLS) :] = 0
     return _Noise(mask, power, weights / max(weights.sum(), _TINY_WEIGHT))
 
 
@@ -672,7 +707,7 @@ def _resolved(volume: Map, density: np.ndarray) -> np.ndarray:
     """
     shells = np.ones(volume.box_size // 2 + 1)
     shells[0] = 0
-    shells[volume.n_resolved :] = 0
+    shells[max(volume.n_resolved, _FEWEST_SHELLS) :] = 0
     return untransform_volume(scale_shells(transform_volume(density), shells))
 
 

@@ -342,6 +342,12 @@ def _contradiction(
     )
 
 
+def sizes_of_shifts(table: _Table, sizes: np.ndarray) -> np.ndarray:
+    """(n,) Å of a pixel where the table was written; `sizes` where it does not say."""
+    in_table = table.pixel_sizes()
+    return sizes if in_table is None else np.where(in_table > 0, in_table, sizes)
+
+
 def scaled_shifts(table: _Table, known: Known, images: Images, sizes: np.ndarray) -> np.ndarray:
     """(n, 1) factors of the table's shifts in Å where the caller knows another pixel size.
 
@@ -349,11 +355,10 @@ def scaled_shifts(table: _Table, known: Known, images: Images, sizes: np.ndarray
     their shifts larger. Images that were binned since have fewer and larger pixels, and then
     nothing changes.
     """
-    in_table = None if known.pixel_size is None else table.pixel_sizes()
-    if in_table is None:
+    if known.pixel_size is None:
         return np.ones((len(sizes), 1))
     boxes = table.box_sizes()
-    ratio = sizes / in_table
+    ratio = sizes / sizes_of_shifts(table, sizes)
     if boxes is not None:
         ratio = np.where(boxes > 0, ratio * images.box_sizes / np.maximum(boxes, 1), ratio)
     return ratio[:, None]
@@ -436,8 +441,11 @@ def choose_grid(
         return images, size
     # The same width in Å with another number of pixels.
     grid = Grid(target, size if target == box else size * box / target)
-    for number, first in zip(*np.unique(images.stack_index, return_index=True), strict=True):
-        stack = images.stacks[number]
+    # One of each width in each stack.
+    widths = np.stack([images.stack_index, boxes * sizes], axis=1)
+    _, some = np.unique(widths, axis=0, return_index=True)
+    for first in some:
+        stack = images.stacks[images.stack_index[first]]
         name = str(stack.path) if isinstance(stack, StackFile) else "memory"
         require_overlap(int(boxes[first]), float(sizes[first]), grid, name)
     if optics_group is None and not is_one:

@@ -28,6 +28,7 @@ from .opening import (
     magnifications_of,
     open_images,
     scaled_shifts,
+    sizes_of_shifts,
     undistort,
 )
 from .relion import ParticleTable
@@ -682,7 +683,7 @@ def load_particles(
     else:
         table = relion.read_table(path)
     images, sizes = open_images(table, known, invert)
-    rotations, shifts = table.poses(sizes)
+    rotations, shifts = table.poses(sizes_of_shifts(table, sizes))
     factors = torch.from_numpy(scaled_shifts(table, known, images, sizes)).float()
     shifts = shifts * factors
     matrices = magnifications_of(table)

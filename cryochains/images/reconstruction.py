@@ -203,7 +203,9 @@ def reconstruct(
     mask = soft_sphere(box) if mask is None else _checked_mask(mask, box)
     # Sums in single precision are best of numbers near one.
     each_weight /= each_weight[used].mean()
-    half = np.random.default_rng(seed).permutation(len(used)) % 2
+    # An image that is listed twice has one noise: both its rows are of one half.
+    images, image = np.unique(particles.ids[used].astype(str), return_inverse=True)
+    half = (np.random.default_rng(seed).permutation(len(images)) % 2)[image]
     parts = [used[half == 0], used[half == 1]] if half_maps else [used]
     sums = []
     for number, rows in enumerate(parts):

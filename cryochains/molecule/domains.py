@@ -50,6 +50,8 @@ def cut_chains(coords: np.ndarray, chain: np.ndarray) -> np.ndarray:
         When the network of all nodes is in pieces.
     """
     domain = np.zeros(len(coords), dtype=int)
+    if np.bincount(chain).max() < 2 * _SHORTEST:
+        return domain
     n_modes = min(_N_MODES, max(3 * len(coords) - 6, 0))
     solution = solve_modes(coords, n_modes, _CUTOFF)
     for number in np.unique(chain):

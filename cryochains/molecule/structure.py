@@ -180,7 +180,13 @@ class Structure:
         ValueError
             When the molecule is in pieces.
         """
-        domain = cut_chains(self.node_coords, self.node_chain)
+        try:
+            domain = cut_chains(self.node_coords, self.node_chain)
+        except ValueError as error:
+            raise ValueError(
+                f"expected a molecule in one piece to cut into domains, got another ({error}); try "
+                "bodies='chains'"
+            ) from error
         names: list[str] = []
         part_of_node = np.zeros(self.n_nodes, dtype=int)
         for c, name in enumerate(self.chain_ids):
@@ -274,7 +280,11 @@ class Structure:
     def _has_parts_of_chains(self) -> bool:
         """Whether two bodies are parts of one chain: copies of a chain have the same numbers."""
         chids = self.atoms.getChids()[self.node_rows]
-        numbers = self.atoms.getResnums()[self.node_rows]
+        numbers = zip(
+            self.atoms.getResnums()[self.node_rows].tolist(),
+            self.atoms.getIcodes()[self.node_rows].tolist(),
+            strict=True,
+        )
         bodies = len(set(zip(chids, self.node_chain, strict=True)))
         residues = len(set(zip(chids, numbers, strict=True)))
         return bodies > len(set(chids)) and residues == self.n_nodes

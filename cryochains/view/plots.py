@@ -609,7 +609,7 @@ def plot_halves(comparison: HalvesComparison) -> Figure:
         label = f"{name} half, PC{component + 1}"
         curves.plot(distances, color=CHAIN_COLORS[number], label=label, lw=1)
     _name_chains(curves, comparison.first.model.structure)
-    curves.set(ylabel="moves by (Å), ± one standard deviation", ylim=(0, None))
+    curves.set(ylabel="moves by (Å) a standard deviation", ylim=(0, None))
     curves.legend(fontsize="small")
     words = wrap(comparison.sentence, int(11 * figure.get_figwidth()))
     figure.suptitle("\n".join(words), fontsize="medium")
@@ -617,11 +617,11 @@ def plot_halves(comparison: HalvesComparison) -> Figure:
 
 
 def _residue_distances(motions: PrincipalMotions, component: int) -> np.ndarray:
-    """(n_nodes,) Å from one standard deviation of the scores below the mean to one above."""
+    """(n_nodes,) Å a standard deviation of the scores, over one below the mean to one above."""
     size = motions.shown_scores[:, component].std()
     ends = motions.mean + size * np.array([[-1.0], [1.0]]) * motions.components[component]
     nodes = decode_nodes(motions, torch.from_numpy(ends).float())
-    return np.linalg.norm(nodes[1] - nodes[0], axis=1)
+    return np.linalg.norm(nodes[1] - nodes[0], axis=1) / 2
 
 
 def _name_chains(axis: Axes, structure: Structure) -> None:
@@ -639,6 +639,8 @@ def _draw_line_correlations(comparison: MapComparison, axis: Axes) -> None:
         curve = comparison.chain_correlation[number]
         axis.plot(comparison.line, curve, color=chain_color(number), label=f"chain {chain}")
         best = comparison.chain_position[number]
+        if not np.isfinite(best):
+            continue
         height = np.interp(best, comparison.line, curve)
         axis.plot(best, height, "D", color=chain_color(number), markersize=5)
     axis.axvline(0, color="0.8", lw=0.8)

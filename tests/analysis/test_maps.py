@@ -234,3 +234,23 @@ def test_a_motion_is_confirmed(pair):
     assert ends.confirmed
     comparison = compare_with_map(again, images=images, **QUIET)
     assert comparison.favours_own, "the mean of the path is not the closed state"
+
+
+def test_images_of_another_box_are_refused(moving):
+    smaller = replace(
+        moving.particles, images=moving.particles.read_images()[:, ::2, ::2], pixel_size=9.0
+    )
+    with pytest.raises(ValueError, match="expected"):
+        compare_with_map(moving, images=smaller, **QUIET)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(1, 12), torch.full((12,), torch.nan)])
+def test_another_conformation_is_one_row_of_latents(moving, other):
+    with pytest.raises(ValueError, match=r"expected latents \(12,\), finite"):
+        compare_with_map(moving, other=other, **QUIET)
+
+
+def test_a_chain_that_does_not_move_is_nowhere_on_the_line(moving):
+    own = moving.in_frame().latents.mean(0)
+    comparison = compare_with_map(moving, other=own, **QUIET)
+    assert np.isnan(comparison.chain_position).all()

@@ -160,6 +160,20 @@ def test_a_pixel_size_that_the_table_contradicts(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, -2.0), (1.0, -1.0), (4.0, -4.0)])
+def test_shifts_in_pixels_are_scaled_once(tmp_path, given, expected):
+    """A table of RELION 3.0: origins in px, and a pixel size that the caller knows better."""
+    particles = table(rlnOriginX=1.0, rlnOriginY=0.0)
+    particles = particles.drop(columns=["rlnOriginXAngst", "rlnOriginYAngst", "rlnOpticsGroup"])
+    particles["rlnDetectorPixelSize"] = 2.0
+    particles["rlnMagnification"] = 10000.0
+    stack(tmp_path / "a.mrcs", pixel_size=2.0)
+    starfile.write(particles, tmp_path / "a.star")
+    ctf = {"voltage_kv": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1}
+    shifts = load_particles(tmp_path / "a.star", pixel_size=given, **ctf).shifts
+    torch.testing.assert_close(shifts[:, 0], torch.full((N,), expected))
+
+
 def test_a_calibration_later_on_is_a_warning(tmp_path, recwarn):
     stack(tmp_path / "a.mrcs", pixel_size=1.53)
     with pytest.warns(UserWarning, match="1.5 Å a pixel where the header of .* has 1.53 Å"):

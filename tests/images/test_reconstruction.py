@@ -140,6 +140,15 @@ def test_noise_alone_resolves_nothing():
     assert volume.resolution > 20
 
 
+def test_an_image_that_is_listed_twice_is_no_second_image(closed):
+    particles = simulate_particles(
+        closed, 60, conformations=closed.coords[None], box_size=32, snr_db=-15, progress=False
+    )
+    twice = particles[np.repeat(np.arange(60), 2)]
+    once = reconstruct(particles, progress=False)
+    assert reconstruct(twice, progress=False).resolution == pytest.approx(once.resolution, rel=0.02)
+
+
 def test_more_particles_resolve_more(closed):
     particles = simulate_particles(
         closed, 400, conformations=closed.coords[None], box_size=48, snr_db=-10, **QUIET
