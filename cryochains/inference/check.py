@@ -233,7 +233,8 @@ class Check:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{_MARKS[item.status]} {item.status}</td><td>{html.escape(item.name)}</td>"
+            f"<tr><td><span style='color:{_MARKS[item.status]}'>●</span> {item.status}</td>"
+            f"<td>{html.escape(item.name)}</td>"
             f"<td style='text-align:left'>{html.escape(item.sentence)}</td></tr>"
             for item in self.items
         )
@@ -241,7 +242,8 @@ class Check:
         return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
 
 
-_MARKS = {"green": "🟢", "yellow": "🟡", "red": "🔴"}
+# Colours of the marks; coloured letters need a font that many machines lack.
+_MARKS = {"green": "#00704F", "yellow": "#A85F00", "red": "#C0182B"}
 
 
 def check(

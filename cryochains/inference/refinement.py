@@ -642,7 +642,8 @@ def _run_passes(run: _Run, progress: bool, n_passes: int | None = None) -> _Stat
     state = _load_checkpoint(run, identity) or run.state or _first_state(run, constants)
     n = len(run.particles)
     with tqdm(
-        total=len(run.blurs) * n,
+        # A bar that ends before its total is drawn as one that failed.
+        total=min(n_passes or len(run.blurs), len(run.blurs)) * n,
         initial=len(state.history) * n,
         desc="refining",
         unit="particle",
