@@ -14,7 +14,6 @@ network, drawn at random.
 """
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,6 @@ import torch
 from scipy.spatial.transform import Rotation
 
 import cryochains as cc
-from cryochains._files import atomic_path
 from cryochains.images import ParticleStack
 from cryochains.model import Dynamics, elastic_variance
 from cryochains.molecule import Structure, rigid_fit
@@ -38,6 +36,7 @@ from realism import (  # noqa: E402
     Disturbance,
     Experiment,
     Molecule,
+    add_texts,
     load_molecule,
     make_experiment,
     version,
@@ -219,26 +218,13 @@ def run_seed(molecule: Molecule, seed: int, args: argparse.Namespace) -> list[di
         row |= {"molecule": molecule_name(args), "n": args.n, "box": args.box, "snr": snr}
         rows.append(row | {"modes": args.modes, "version": args.version})
         if args.out is not None:
-            add_row(args.out, rows[-1])
+            texts = {column: as_text(rows[-1][column]) for column in _COLUMNS}
+            add_texts(args.out, texts, _KEY)
     return rows
 
 
 def molecule_name(args: argparse.Namespace) -> str:
     return Path(args.molecule).name.split(".")[0]
-
-
-def add_row(path: Path, row: dict) -> None:
-    """Add a row to the table, which is written anew; of the same experiment, it replaces a row."""
-    rows = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    texts = {column: as_text(row[column]) for column in _COLUMNS}
-    rows = [old for old in rows if any(old[key] != texts[key] for key in _KEY)]
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, _COLUMNS)
-        writer.writeheader()
-        writer.writerows([*rows, texts])
 
 
 def as_text(value: object) -> str:

@@ -18,7 +18,6 @@ true latents exist), `again` the ratio of the particles that the population was 
 """
 
 import argparse
-import csv
 import os
 import time
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from realism import add_texts
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 import cryochains as cc
-from cryochains._files import atomic_path
 from cryochains.images import ParticleStack
 from cryochains.inference import Result, true_population
 from cryochains.molecule import Structure
@@ -175,7 +174,7 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]
         "limit": round(float(limit), 3),
         "mean_rmsd": round(scores.mean_rmsd, 3),
         "ratio": round(scores.rmsd / float(limit), 3),
-        "explained": round(1 - scores.rmsd**2 / scores.mean_rmsd**2, 3),
+        "explained": round(scores.explained_motion, 3),
         "best": round(1 - float(limit) ** 2 / scores.mean_rmsd**2, 3),
         "again": round(again.rmsd / float(limit), 3),
         "verdict": result.verdict.grade,
@@ -190,17 +189,6 @@ def covered(result: Result) -> float:
     """Share of true latents, as they were drawn, within 1.96 standard deviations."""
     off = result.latents - result.particles.truth.latents
     return float((off.abs() < 1.96 * result.std).float().mean())
-
-
-def add_row(path: Path, row: dict[str, object]) -> None:
-    """The table anew, with one row more."""
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    rows.append({name: str(value) for name, value in row.items()})
-    names = list(dict.fromkeys(name for one in rows for name in one))
-    with atomic_path(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:
@@ -220,7 +208,7 @@ def main() -> None:
         for seed in args.seeds:
             row = measure(name, seed, args)
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            add_row(args.out, row)
+            add_texts(args.out, {key: str(value) for key, value in row.items()})
 
 
 if __name__ == "__main__":

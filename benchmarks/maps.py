@@ -22,17 +22,15 @@ state as reference. A row of the table is a set:
 """
 
 import argparse
-import csv
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from realism import CONDITIONS, Experiment, Molecule, load_molecule, make_experiment
+from realism import CONDITIONS, Experiment, Molecule, add_texts, load_molecule, make_experiment
 
 import cryochains as cc
-from cryochains._files import atomic_path
 from cryochains.analysis import compare_ends, compare_halves, compare_with_map, split_noise
 from cryochains.images import compute_fsc, reconstruct, soft_sphere
 from cryochains.inference import Result
@@ -134,17 +132,6 @@ def measure_speed(n: int = 2000, box: int = 128) -> float:
     return seconds
 
 
-def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write the table anew with these rows added."""
-    known = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [*known, *rows]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_path(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--condition", choices=DISTURBANCES, default="moving")
@@ -172,7 +159,7 @@ def main() -> None:
         )
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         if arguments.out:
-            append_rows(arguments.out, [row])
+            add_texts(arguments.out, {name: str(value) for name, value in row.items()})
 
 
 if __name__ == "__main__":

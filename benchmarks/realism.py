@@ -1084,18 +1084,25 @@ def version() -> str:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Add a row to the table, which is written anew; of the same experiment, it replaces a row."""
+    """Add a row to the table; of the same experiment, it replaces a row."""
+    add_texts(path, {column: as_text(row.get(column)) for column in COLUMNS}, _KEY)
+
+
+def add_texts(path: Path, texts: dict[str, str], key: Iterable[str] = ()) -> None:
+    """Write a table anew with one row more, in place of rows that are alike in all of `key`."""
     rows = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as stream_in:
             rows = list(csv.DictReader(stream_in))
-    texts = {column: as_text(row.get(column)) for column in COLUMNS}
-    rows = [old for old in rows if any(old.get(key) != texts[key] for key in _KEY)]
-    rows.append(texts)
+    key = tuple(key)
+    if key:
+        rows = [old for old in rows if any(old.get(name) != texts[name] for name in key)]
+    # In the order of the new row; columns that only older rows have come last.
+    names = list(dict.fromkeys(name for one in (texts, *rows) for name in one))
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as stream_out:
-        writer = csv.DictWriter(stream_out, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(stream_out, names)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*rows, texts])
 
 
 def as_text(value: object) -> str:

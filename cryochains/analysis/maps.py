@@ -588,7 +588,10 @@ def _compare(
     visible = _resolved(volume, volume.volume)
     curves = []
     for position in _LINE:
-        density, _ = _expected(result, volume, other + float(position) * (own - other))
+        if position in (0, 1):
+            density = densities[1 - int(position)]
+        else:
+            density, _ = _expected(result, volume, other + float(position) * (own - other))
         drawn = _resolved(volume, density)
         curves.append([np.corrcoef(visible[inside], drawn[inside])[0, 1] for inside in near])
     return MapComparison(
