@@ -9,12 +9,15 @@ superposed on the reference:
 - bend, bend-gabab, bend-igg: every chain of GluA3, GABA-B (6UOA) or an antibody (1HZH) turns at
   its hinge by 20° and bends by 4 Å besides.
 - gabab: between 6UOA and 6UO8. These files are in the folder that CRYOCHAINS_STRUCTURES names.
+- states: half of the particles show 6UOA as it is, the others one of two ways to turn and bend it.
 
     python benchmarks/limit.py --cases glua3 bend --seeds 0 1
 
 `ratio` is the root mean square over the limit's, `explained` the explained motion, `best` that of
 the limit, `coverage` the share of true latents in their 95 % intervals (of "gaussian" alone, where
 true latents exist), `again` the ratio of the particles that the population was learned from.
+Of "states", `ari_k` is the adjusted Rand index of three Gaussians fitted to k components of the
+particles that were refined, and `states_k` the number of Gaussians of the least BIC.
 """
 
 import argparse
@@ -28,6 +31,8 @@ import torch
 from realism import add_texts
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
+from sklearn.metrics import adjusted_rand_score
+from sklearn.mixture import GaussianMixture
 
 import cryochains as cc
 from cryochains.images import ParticleStack
@@ -42,6 +47,9 @@ HINGE_WIDTH = 6
 # What the reference's chains do besides turning, Å (RMS).
 BENDING = 4.0
 HINGE_DEGREES = 20.0
+# Components that clusters are looked for in, and Gaussians that are tried.
+CLUSTERED = (2, 3, 5, 10)
+MOST_STATES = 6
 # Å, standard deviation of the latents of "gaussian".
 SPREAD = 0.4
 
@@ -54,7 +62,7 @@ class Case:
     ----------
     reference : Structure
         What the program is given.
-    path : (N_FRAMES, n_atoms, 3) array or None
+    path : (m, n_atoms, 3) array or None
         Å, drawn evenly; None where latents are drawn instead.
     """
 
@@ -68,6 +76,12 @@ def make_case(name: str, bodies: str) -> Case:
         pair = load("glua3-closed"), load("glua3-open")
     elif name == "gabab":
         pair = load("6UOA.cif.gz"), load("6UO8.cif.gz")
+    elif name == "states":
+        reference = load("6UOA.cif.gz")
+        bent = [bent_path(reference, seed)[-1] for seed in (7, 8)]
+        states = np.stack([reference.coords, *bent])
+        # As many particles show a state as it has conformations here.
+        return Case(with_bodies(reference, bodies), states.repeat((5, 3, 2), axis=0))
     else:
         source = {"bend": "glua3-closed", "bend-gabab": "6UOA.cif.gz", "bend-igg": "1hzh.pdb.gz"}
         reference = load(source[name])
@@ -79,8 +93,15 @@ def make_case(name: str, bodies: str) -> Case:
 
 def load(source: str) -> Structure:
     """An embedded molecule, or a file."""
-    folder = os.environ.get("CRYOCHAINS_STRUCTURES", "")
-    return cc.load_structure(source if source.startswith("glua3") else Path(folder) / source)
+    if source.startswith("glua3"):
+        return cc.load_structure(source)
+    folder = os.environ.get("CRYOCHAINS_STRUCTURES")
+    if folder is None:
+        raise FileNotFoundError(
+            f"expected {source} in the folder that CRYOCHAINS_STRUCTURES names, got no such "
+            "variable; try --cases glua3 gaussian bend, which need no file"
+        )
+    return cc.load_structure(Path(folder) / source)
 
 
 def with_bodies(structure: Structure, bodies: str) -> Structure:
@@ -88,12 +109,12 @@ def with_bodies(structure: Structure, bodies: str) -> Structure:
     return structure.as_domains() if bodies == "domains" else structure
 
 
-def bent_path(reference: Structure) -> np.ndarray:
+def bent_path(reference: Structure, seed: int = 7) -> np.ndarray:
     """(N_FRAMES, n_atoms, 3) Å: every chain turns at its hinge, and bends.
 
     The hinge is where a cut leaves the fewest contacts between both sides.
     """
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     path = np.repeat(reference.coords[None], N_FRAMES, axis=0)
     shares = np.linspace(0, 1, N_FRAMES)
     bending = soft_bending(reference, rng)
@@ -182,6 +203,26 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]
     }
     if case.path is None:
         row["coverage"] = round(covered(held_out), 3)
+    if name == "states":
+        row |= score_states(result)
+    return row
+
+
+def score_states(result: Result) -> dict[str, object]:
+    """How well clusters of the particles are the states, and how many there seem to be."""
+    coords = result.particles.truth.coords().flatten(1).numpy()
+    _, state = np.unique(coords[:, :30], axis=0, return_inverse=True)
+    scores = cc.compute_pca(result, n_components=max(CLUSTERED)).transform(result)
+    row: dict[str, object] = {}
+    for k in CLUSTERED:
+        fits = [
+            GaussianMixture(m, n_init=5, random_state=0).fit(scores[:, :k])
+            for m in range(1, MOST_STATES + 1)
+        ]
+        groups = fits[state.max()].predict(scores[:, :k])
+        row[f"ari_{k}"] = round(float(adjusted_rand_score(state, groups)), 3)
+        bic = [fit.bic(scores[:, :k]) for fit in fits]
+        row[f"states_{k}"] = int(np.argmin(bic)) + 1
     return row
 
 

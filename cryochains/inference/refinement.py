@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -89,6 +90,8 @@ _MIN_RING_SHARE = 0.01
 # last one.
 _STUCK_DEVIATIONS = 6.0
 _RESTART_BLURS = (4.0,)
+# Where it begins, beside the population's mean: so many points at which other particles gather.
+_STARTS = 8
 # Where images ask for other beads they are learned so many times, and particles then refined anew
 # from at most these blurs (Å) on.
 _DENSITY_BLURS = (4.0, 0.0)
@@ -211,9 +214,12 @@ def refine(
             if population is None:
                 run, state, population = _learn_population(given, run, progress)
                 model = run.model
+                state, rescued = _restart_stuck(run, state, population)
+                if rescued.any():
+                    state = _learn_once_more(run, state, rescued)
+                    population = _learned_population(model, state, population.beads)
             else:
-                state = _run_passes(run, progress)
-            state = _restart_stuck(run, state, population, first is not None)
+                state, _ = _restart_stuck(run, _run_passes(run, progress), population)
             history = history or state.history
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
@@ -1185,19 +1191,22 @@ def _spectrum_of(population: Population, microscope: Microscope) -> Tensor:
 # Particles that are stuck
 
 
-def _restart_stuck(run: _Run, state: _State, population: Population, given_start: bool) -> _State:
-    """A second start, from the population's mean, for particles that are far from all others.
+def _restart_stuck(run: _Run, state: _State, population: Population) -> tuple[_State, Tensor]:
+    """A second start for particles that are far from all others; the likelier answer is kept.
 
-    The likelier of the two answers is kept.
+    They start from the population's mean and from where the other particles gather, whichever
+    explains the blurred image best. Returns the state, and which particles found a better answer.
     """
     prior = _prior_of(state)
     off = state.proposal.double() - prior.mean
     distance = ((off @ prior.precision) * off).sum(1)
     middle = distance.median()
     deviation = (distance - middle).abs().median().clamp_min(1e-9)
-    stuck = (distance > middle + _STUCK_DEVIATIONS * deviation).nonzero().squeeze(1)
-    if not len(stuck) or given_start:
-        return state
+    is_stuck = distance > middle + _STUCK_DEVIATIONS * deviation
+    rescued = torch.zeros_like(is_stuck)
+    if run.start is not None or not is_stuck.any():
+        return state, rescued
+    stuck = is_stuck.nonzero().squeeze(1)
     rows = stuck.cpu().numpy()
     usable = run.look.usable.nonzero().squeeze(1)
     kept = torch.zeros_like(run.look.usable)
@@ -1207,20 +1216,45 @@ def _restart_stuck(run: _Run, state: _State, population: Population, given_start
         run,
         particles=run.particles[rows],
         look=replace(run.look, usable=kept),
-        start=None,
         population=population,
         # Only evidence of images with the same blur can be compared.
         blurs=(*(blur for blur in _RESTART_BLURS if blur > last), last, last),
         checkpoint=None,
     )
-    other = _run_passes(again, progress=False)
+    starts = torch.cat([prior.mean.to(state.proposal)[None], _gatherings(state, ~is_stuck)])
+    looks = []
+    for latents in starts:
+        one = replace(again, start=latents.expand(len(rows), -1))
+        looks.append(_run_passes(one, progress=False, n_passes=1).evidence)
+    best = torch.stack(looks).argmax(0)
+    other = _run_passes(replace(again, start=starts[best]), progress=False)
     better = other.evidence > state.evidence[stuck] + 1
+    rescued[stuck[better]] = True
     answer = {}
     for name in _PARTICLE_TENSORS:
         values = getattr(state, name).clone()
-        values[stuck[better]] = getattr(other, name)[better]
+        values[rescued] = getattr(other, name)[better]
         answer[name] = values
-    return replace(state, **answer)
+    return replace(state, **answer), rescued
+
+
+def _gatherings(state: _State, of: Tensor) -> Tensor:
+    """(k, p) latents about which particles gather, of those in a mask (n,)."""
+    latents = state.proposal[of].cpu()
+    most = min(_STARTS, len(latents))
+    if not most:
+        return state.proposal[:0]
+    centres = KMeans(most, n_init=1, random_state=0).fit(latents.double().numpy()).cluster_centers_
+    return torch.from_numpy(centres).to(state.proposal)
+
+
+def _learn_once_more(run: _Run, state: _State, rescued: Tensor) -> _State:
+    """One more pass, in which the population learns of particles that were stuck before."""
+    powers = state.powers.clone()
+    powers[rescued] = torch.inf
+    with tqdm(disable=True) as bar:
+        again = _one_pass(run, _constants(run.model), replace(state, powers=powers), bar.update)
+    return again
 
 
 # Checkpoints
