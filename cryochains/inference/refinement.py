@@ -66,6 +66,7 @@ from .likelihood import (
 from .posterior import LatentPrior, latent_prior, solve_particles
 from .reference import learn_beads, unbent
 from .result import Result
+from .search import Starts, search_turns, turning_bodies
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
 _BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
@@ -89,6 +90,9 @@ _MIN_RING_SHARE = 0.01
 # last one.
 _STUCK_DEVIATIONS = 6.0
 _RESTART_BLURS = (4.0,)
+# Nats by which the second orientation of a body that may turn by any angle is less likely, in the
+# search, where it is refined too.
+_SECOND_BEST = 15.0
 # Where images ask for other beads they are learned so many times, and particles then refined anew
 # from at most these blurs (Å) on.
 _DENSITY_BLURS = (4.0, 0.0)
@@ -208,12 +212,17 @@ def refine(
                 batch_size=batch_size,
                 checkpoint=_block_path(checkpoint, number),
             )
+            if first is None and turning_bodies(model):
+                run = replace(run, searched=_searched(run, progress))
             if population is None:
                 run, state, population = _learn_population(given, run, progress)
                 model = run.model
             else:
                 state = _run_passes(run, progress)
-            state = _restart_stuck(run, state, population, first is not None)
+            if run.searched is not None:
+                state = _refine_second_best(run, run.searched, state, population)
+            else:
+                state = _restart_stuck(run, state, population, first is not None)
             history = history or state.history
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
@@ -480,6 +489,8 @@ class _Run:
         After the first passes, of a run that goes on.
     follows : str, optional
         Identity of the run whose particles are refined anew with beads that it learned.
+    searched : Starts, optional
+        Where there are bodies that may turn by any angle, and no start was given.
     """
 
     model: Model
@@ -492,6 +503,7 @@ class _Run:
     checkpoint: Path | None
     state: "_State | None" = None
     follows: str | None = None
+    searched: Starts | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -739,10 +751,12 @@ def _first_state(run: _Run, constants: _Constants) -> _State:
             "noise_spectrum": _spectrum_of(population, model.microscope).to(device),
         }
     log_scale, scale_mean, scale_spread = image_model.start_scales(run.look, known)
-    if run.start is None:
-        proposal = mean.float().expand(n, p).clone()
-    else:
+    if run.start is not None:
         proposal = run.start.to(device).float().clone()
+    elif run.searched is not None:
+        proposal = run.searched.latents.clone()
+    else:
+        proposal = mean.float().expand(n, p).clone()
     zeros = torch.zeros(n, device=device)
     state = _State(
         proposal=proposal,
@@ -1198,7 +1212,33 @@ def _restart_stuck(run: _Run, state: _State, population: Population, given_start
     stuck = (distance > middle + _STUCK_DEVIATIONS * deviation).nonzero().squeeze(1)
     if not len(stuck) or given_start:
         return state
-    rows = stuck.cpu().numpy()
+    return _started_again(run, state, population, stuck, None)
+
+
+def _searched(run: _Run, progress: bool) -> Starts:
+    """Where bodies that may turn by any angle are, all else as the population's mean."""
+    mean = torch.zeros(run.model.n_latents)
+    if run.population is not None:
+        mean = run.population.mean
+    return search_turns(run.model, run.particles, mean, progress)
+
+
+def _refine_second_best(
+    run: _Run, searched: Starts, state: _State, population: Population
+) -> _State:
+    """A second start for particles that a body's next orientation fits about as well."""
+    for latents, behind in zip(searched.others, searched.behind, strict=True):
+        close = (behind < _SECOND_BEST).nonzero().squeeze(1)
+        if len(close):
+            state = _started_again(run, state, population, close, latents[close])
+    return state
+
+
+def _started_again(
+    run: _Run, state: _State, population: Population, chosen: Tensor, start: Tensor | None
+) -> _State:
+    """Particles `chosen` refined from another start; the likelier of the two answers is kept."""
+    rows = chosen.cpu().numpy()
     usable = run.look.usable.nonzero().squeeze(1)
     kept = torch.zeros_like(run.look.usable)
     kept[usable[rows]] = True
@@ -1207,18 +1247,19 @@ def _restart_stuck(run: _Run, state: _State, population: Population, given_start
         run,
         particles=run.particles[rows],
         look=replace(run.look, usable=kept),
-        start=None,
+        start=start,
+        searched=None,
         population=population,
         # Only evidence of images with the same blur can be compared.
         blurs=(*(blur for blur in _RESTART_BLURS if blur > last), last, last),
         checkpoint=None,
     )
     other = _run_passes(again, progress=False)
-    better = other.evidence > state.evidence[stuck] + 1
+    better = other.evidence > state.evidence[chosen] + 1
     answer = {}
     for name in _PARTICLE_TENSORS:
         values = getattr(state, name).clone()
-        values[stuck[better]] = getattr(other, name)[better]
+        values[chosen[better]] = getattr(other, name)[better]
         answer[name] = values
     return replace(state, **answer)
 
