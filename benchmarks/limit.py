@@ -9,17 +9,23 @@ superposed on the reference:
 - bend, bend-gabab, bend-igg: every chain of GluA3, GABA-B (6UOA) or an antibody (1HZH) turns at
   its hinge by 20° and bends by 4 Å besides.
 - gabab: between 6UOA and 6UO8. These files are in the folder that CRYOCHAINS_STRUCTURES names.
+- fab: one Fab of the antibody turns by 360° about the bonds of its hinge, as in CryoBench's IgG-1D
+  (Jeon et al. 2024); fab-any: by any turn about that hinge. Its bodies are two Fabs and the Fc, and
+  the model knows which one may turn by any angle.
 
     python benchmarks/limit.py --cases glua3 bend --seeds 0 1
 
 `ratio` is the root mean square over the limit's, `explained` the explained motion, `best` that of
 the limit, `coverage` the share of true latents in their 95 % intervals (of "gaussian" alone, where
-true latents exist), `again` the ratio of the particles that the population was learned from.
+true latents exist), `again` the ratio of the particles that the population was learned from,
+`within` the share of particles whose body that turns is within 10° of its true orientation, seen
+from the others.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +50,17 @@ BENDING = 4.0
 HINGE_DEGREES = 20.0
 # Å, standard deviation of the latents of "gaussian".
 SPREAD = 0.4
+# Of "fab" and "fab-any": the bodies, the residues of chain H whose direction is the axis, and how
+# many conformations there are.
+FAB_BODIES = {
+    "Fab": "(chain H and resnum 1 to 230) or chain L",
+    "other Fab": "(chain K and resnum 1 to 230) or chain M",
+    "Fc": "(chain H or chain K) and resnum > 230",
+}
+FAB_AXIS = (225, 235)
+FAB_FRAMES = 100
+# Degrees, what is found is no further from the truth.
+FOUND_DEGREES = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +71,7 @@ class Case:
     ----------
     reference : Structure
         What the program is given.
-    path : (N_FRAMES, n_atoms, 3) array or None
+    path : (m, n_atoms, 3) array or None
         Å, drawn evenly; None where latents are drawn instead.
     """
 
@@ -68,6 +85,9 @@ def make_case(name: str, bodies: str) -> Case:
         pair = load("glua3-closed"), load("glua3-open")
     elif name == "gabab":
         pair = load("6UOA.cif.gz"), load("6UO8.cif.gz")
+    elif name in ("fab", "fab-any"):
+        antibody = load("1hzh.pdb.gz", FAB_BODIES).with_turning("Fab")
+        return Case(antibody, fab_path(antibody, any_turn=name == "fab-any"))
     else:
         source = {"bend": "glua3-closed", "bend-gabab": "6UOA.cif.gz", "bend-igg": "1hzh.pdb.gz"}
         reference = load(source[name])
@@ -77,10 +97,11 @@ def make_case(name: str, bodies: str) -> Case:
     return Case(with_bodies(given, bodies), None if name == "gaussian" else path)
 
 
-def load(source: str) -> Structure:
+def load(source: str, bodies: Mapping[str, str] | str = "chains") -> Structure:
     """An embedded molecule, or a file."""
     folder = os.environ.get("CRYOCHAINS_STRUCTURES", "")
-    return cc.load_structure(source if source.startswith("glua3") else Path(folder) / source)
+    path = source if source.startswith("glua3") else Path(folder) / source
+    return cc.load_structure(path, bodies=bodies)
 
 
 def with_bodies(structure: Structure, bodies: str) -> Structure:
@@ -110,6 +131,42 @@ def bent_path(reference: Structure) -> np.ndarray:
             turn = Rotation.from_rotvec(angles[:, None] * axis)
             path[number, own] = coords[cut] + turn.apply(coords - coords[cut])
     return path + shares[:, None, None] * bending
+
+
+def fab_path(antibody: Structure, any_turn: bool) -> np.ndarray:
+    """(FAB_FRAMES, n_atoms, 3) Å: the first body turns about its hinge."""
+    if any_turn:
+        turns = Rotation.random(FAB_FRAMES, random_state=0)
+    else:
+        chids = antibody.atoms.getChids()[antibody.rows]
+        ends = [np.flatnonzero((chids == "H") & (antibody.resnums == n))[0] for n in FAB_AXIS]
+        axis = antibody.coords[ends[1]] - antibody.coords[ends[0]]
+        angles = np.linspace(0, 2 * np.pi, FAB_FRAMES, endpoint=False)
+        turns = Rotation.from_rotvec(angles[:, None] * axis / np.linalg.norm(axis))
+    hinge = antibody.centers[0]
+    own = antibody.chain_index == 0
+    path = np.repeat(antibody.coords[None], FAB_FRAMES, axis=0)
+    path[:, own] = hinge + np.einsum("kij,nj->kni", turns.as_matrix(), path[0, own] - hinge)
+    return path
+
+
+def share_found(result: Result) -> float:
+    """Share of particles whose turning body is within `FOUND_DEGREES` of where it should be."""
+    structure = result.model.structure
+    body = structure.chain_ids.index(structure.turning[0])
+    own = structure.chain_index == body
+    off = []
+    for found, true in zip(
+        result.decode().numpy(), result.particles.truth.coords().numpy(), strict=True
+    ):
+        turns = [
+            Rotation.align_vectors(moved[part] - moved[part].mean(0), still - still.mean(0))[0]
+            for moved in (found, true)
+            for part, still in ((own, structure.coords[own]), (~own, structure.coords[~own]))
+        ]
+        seen, expected = turns[1].inv() * turns[0], turns[3].inv() * turns[2]
+        off.append(np.degrees((seen.inv() * expected).magnitude()))
+    return float(np.mean(np.array(off) < FOUND_DEGREES))
 
 
 def best_cut(coords: np.ndarray) -> int:
@@ -180,6 +237,8 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]
         "verdict": result.verdict.grade,
         "seconds": round(seconds, 1),
     }
+    if case.reference.turning:
+        row["within"] = round(share_found(held_out), 3)
     if case.path is None:
         row["coverage"] = round(covered(held_out), 3)
     return row

@@ -127,7 +127,8 @@ def refine(
         Known from earlier, as when scoring held-out particles; None learns it from these.
     start : Result or (N, p) tensor, optional
         Where to start, such as what an encoder answered; by default the population's mean or the
-        reference.
+        reference, with bodies that may turn by any angle (`Structure.with_turning`) in the
+        orientation that fits each image best.
     blurs : sequence of float
         Å, one a pass over the images. The longest should be about the largest motion expected.
     n_population : int

@@ -171,7 +171,7 @@ class Dynamics:
 
     @cached_property
     def centers(self) -> Tensor:
-        """(n_chains, 3) float32, the point in Å that each chain turns about."""
+        """(n_chains, 3) float32, the point in Å that each chain turns about; see `Structure`."""
         return self._tensor(self.structure.centers)
 
     @cached_property
@@ -234,7 +234,7 @@ class Dynamics:
     # Latents to coordinates
 
     def bend(self, latents: Tensor, chain: int) -> Tensor:
-        """(b, n_c, 3) chain after Eq. 1 alone, relative to its centre of mass."""
+        """(b, n_c, 3) chain after Eq. 1 alone, relative to the point that it turns about."""
         layout = self.chains[chain]
         x = (self.reference[layout.atoms] - self.centers[chain]).to(latents.dtype)
         vectors = self.mode_vectors[chain].to(latents.dtype)

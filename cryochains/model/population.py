@@ -248,6 +248,9 @@ def _joint_precision(dynamics: Dynamics) -> Tensor | None:
             layout = dynamics.chains[chain]
             atom = int(atom_of_node[node]) - layout.atoms.start
             step[:, layout.latents] += sign * plain.tangents(zero, chain)[0, :, atom].T
+            if structure.chain_ids[chain] in structure.turning:
+                # To first order, a large turn about the joint itself would part it.
+                step[:, layout.rotation] = 0.0
         rows.append(step)
     if not rows:
         return None

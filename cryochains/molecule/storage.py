@@ -57,9 +57,10 @@ def pack_structure(structure: Structure) -> tuple[dict[str, np.ndarray], dict[st
         "title": atoms.getTitle(),
         "chain_ids": list(structure.chain_ids),
         "in_given_order": structure.in_given_order,
-        "turning": list(structure.turning),
         "words": words,
     }
+    if structure.turning:
+        meta["turning"] = list(structure.turning)
     return arrays, meta
 
 
@@ -92,8 +93,7 @@ def unpack_structure(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) 
     weights = packed.floats("weights", (len(rows),))
     origin = packed.floats("origin", (3,))
     in_given_order = packed.truth("in_given_order")
-    # Files that were written before bodies could turn by any angle know of none.
-    turning = packed.names("turning") if meta.get("turning") else ()
+    turning = packed.names("turning") if "turning" in meta else ()
 
     packed.require((weights >= 0).all() and weights.sum() > 0, "weights are not positive")
     packed.require(set(turning) <= set(chain_ids), "a body that turns is unknown")

@@ -279,9 +279,8 @@ class Structure:
         """The same molecule, of which these bodies may turn by any angle, up to 360°.
 
         Such as an antibody's Fab at its hinge. A body that a bond joins to another then turns about
-        that joint, and `refine` searches its orientation over all angles before it refines. Other
-        bodies turn about their centres, and no further than a refinement follows from the
-        reference: about a third of a turn of a small body, less of a large one.
+        that joint, and `refine` searches its orientation over all angles before it refines. Of
+        other bodies it finds turns that it can follow from the reference: by some tens of degrees.
 
         Parameters
         ----------
@@ -358,6 +357,8 @@ class Structure:
             pairs = zip(self.chain_ids, self.residue_ranges, strict=True)
             chains = ", ".join(f"{name} ({residues})" for name, residues in pairs)
             chains = f"bodies {chains}"
+        if self.turning:
+            chains = f"{chains}, turning by any angle: {' '.join(self.turning)}"
         counts = f"{self.n_nodes:,} residues, {self.atoms.numAtoms():,} atoms"
         return f"Structure({self.name!r}, {chains}, {counts})"
 

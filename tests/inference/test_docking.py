@@ -11,10 +11,10 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from cryochains.inference.docking import (
-    even_rotations,
     affordable_images,
     compare_with,
     dock,
+    even_rotations,
     measure_scale,
     normalised_images,
 )
