@@ -222,8 +222,7 @@ def refine(
                 state = _run_passes(run, progress)
             if run.searched is not None:
                 state = _refine_second_best(run, run.searched, state, population)
-            else:
-                state = _restart_stuck(run, state, population, first is not None)
+            state = _restart_stuck(run, state, population, first is not None)
             history = history or state.history
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
