@@ -51,23 +51,28 @@ class Starts:
     latents : (n, p) tensor
         With the likeliest orientation of every body that may turn by any angle.
     others : tuple of (n, p) tensors
-        For each such body, the same with its next orientation that is another one.
+        For each such body, the same with its next orientation that is another one; of several
+        bodies also what the search found in another order.
     behind : tuple of (n,) tensors
         By how much the log likelihood is lower there.
+    score : (n,) tensor
+        Log likelihood of `latents`, above that of noise.
     """
 
     latents: Tensor
     others: tuple[Tensor, ...]
     behind: tuple[Tensor, ...]
+    score: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class _Best:
-    """The two best orientations in the molecule (n, 3, 3), and how much the second is behind."""
+    """Two best orientations of a body in the molecule (n, 3, 3), and log likelihoods (n,)."""
 
     first: Tensor
     second: Tensor
-    behind: Tensor
+    score: Tensor
+    second_score: Tensor
 
 
 def turning_bodies(model: Model) -> list[int]:
@@ -95,25 +100,57 @@ def search_turns(model: Model, particles: ParticleStack, mean: Tensor, progress:
     -----
     Of several such bodies one is searched after the other. In a first round those that were not
     searched yet are left out of the image; in a second one all others are where they were found.
+    Like bodies may take each other's part of the image: it is done in both orders, and of every
+    particle the likelier answer kept.
     """
     bodies = turning_bodies(model)
     n = len(particles)
     comparison = compare_with(model, particles, np.arange(n), _coarse_box(model))
-    latents = mean.to(model.device).float().expand(n, -1).clone()
+    mean = mean.to(model.device).float()
+    orders = [bodies] if len(bodies) == 1 else [bodies * 2, bodies[::-1] * 2]
+    total = n * sum(len(order) for order in orders)
+    with tqdm(total=total, desc="searching", unit="particle", disable=not progress) as bar:
+        answers = [_search_in_order(model, comparison, mean, order, bar) for order in orders]
+    first = answers[0]
+    return first if len(answers) == 1 else _likelier(first, answers[1])
+
+
+def _search_in_order(
+    model: Model, comparison: Comparison, mean: Tensor, order: list[int], bar: tqdm
+) -> Starts:
+    """One body after the other, the first time without those that were not searched yet."""
+    latents = mean.expand(len(comparison.views), -1).clone()
     drawn = torch.ones(len(model.dynamics.chains), dtype=torch.bool)
-    drawn[bodies] = False
-    rounds = bodies if len(bodies) == 1 else bodies * 2
+    drawn[order] = False
     best = {}
-    with tqdm(
-        total=n * len(rounds), desc="searching turns", unit="particle", disable=not progress
-    ) as bar:
-        for body in rounds:
-            drawn[body] = False
-            best[body] = _best_turns(model, comparison, latents, body, drawn, bar)
-            latents = _turned(model, latents, body, best[body].first)
-            drawn[body] = True
-    others = tuple(_turned(model, latents, body, best[body].second) for body in bodies)
-    return Starts(latents, others, tuple(best[body].behind for body in bodies))
+    for body in order:
+        drawn[body] = False
+        best[body] = _best_turns(model, comparison, latents, body, drawn, bar)
+        latents = _turned(model, latents, body, best[body].first)
+        drawn[body] = True
+    return Starts(
+        latents,
+        tuple(_turned(model, latents, body, one.second) for body, one in best.items()),
+        tuple(one.score - one.second_score for one in best.values()),
+        best[order[-1]].score,
+    )
+
+
+def _likelier(one: Starts, other: Starts) -> Starts:
+    """Of each particle the likelier of two answers, and the latents of the other one."""
+    gain = other.score - one.score
+    wins = (gain > 0).unsqueeze(1)
+    # Bodies stand in the order in which they were searched.
+    pairs = zip(one.others, other.others[::-1], strict=True)
+    others = [torch.where(wins, b, a) for a, b in pairs]
+    gaps = zip(one.behind, other.behind[::-1], strict=True)
+    behind = [torch.where(gain > 0, b, a) for a, b in gaps]
+    return Starts(
+        torch.where(wins, other.latents, one.latents),
+        (*others, torch.where(wins, one.latents, other.latents)),
+        (*behind, gain.abs()),
+        torch.maximum(one.score, other.score),
+    )
 
 
 def _coarse_box(model: Model) -> int:
@@ -285,5 +322,5 @@ def _two_best(scores: Tensor, grid: Tensor, rotations: Tensor) -> Sequence[Tenso
     near = grid[best.indices].flatten(1) @ grid.flatten(1).T > 1 + 2 * math.cos(_APART)
     second = scores.masked_fill_(near, -torch.inf).max(1)
     back = rotations.transpose(1, 2).to(grid)
-    first_turns = back @ grid[best.indices]
-    return first_turns, back @ grid[second.indices], best.values - second.values
+    turns = back @ grid[best.indices], back @ grid[second.indices]
+    return *turns, best.values, second.values
