@@ -221,7 +221,7 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]
     limit = np.sqrt((cc.information_limit(model, test, population) ** 2).mean())
     row = {
         "case": name,
-        "bodies": args.bodies,
+        "bodies": "selections" if case.reference.turning else args.bodies,
         "n": args.n,
         "box": args.box,
         "snr_db": args.snr,

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from ..molecule import Beads, Modes, Structure
-from .rotations import cross_matrix, right_jacobian, rotvec_to_matrix
+from .rotations import (
+    best_rotation,
+    cross_matrix,
+    matrix_to_rotvec,
+    right_jacobian,
+    rotvec_to_matrix,
+)
 
 KINDS = ("mode", "rotation", "translation")
 _CPU = torch.device("cpu")
@@ -335,7 +341,7 @@ class Dynamics:
                 f"expected coordinates (m, {len(self.reference)}, 3), got {tuple(coords.shape)}; "
                 "try coords[None]"
             )
-        latents = coords.new_zeros(len(coords), self.n_latents)
+        latents = self._superposed(coords)
         for _ in range(n_steps):
             residual = coords - self.decode(latents)
             step = torch.zeros_like(latents)
@@ -351,6 +357,23 @@ class Dynamics:
             if step.abs().max() < 1e-6:
                 break
         return latents.float()
+
+    def _superposed(self, coords: Tensor) -> Tensor:
+        """(m, p) latents that lay bodies that may turn by any angle over theirs; all else 0."""
+        latents = coords.new_zeros(len(coords), self.n_latents)
+        for chain, layout in enumerate(self.chains):
+            turns = self.structure.chain_ids[chain] in self.structure.turning
+            if not (turns and self.rotation and self.translation):
+                continue
+            there = coords[:, layout.atoms]
+            here = self.reference[layout.atoms].to(coords)
+            middle, center = here.mean(0), self.centers[chain].to(coords)
+            turn = best_rotation((there - there.mean(1, keepdim=True)).mT @ (here - middle))
+            latents[:, layout.rotation] = matrix_to_rotvec(turn) / self.scale_tensor[
+                layout.rotation
+            ].to(coords)
+            latents[:, layout.translation] = there.mean(1) - center - turn @ (middle - center)
+        return latents
 
     def __repr__(self) -> str:
         present = ", ".join(kind for kind in KINDS if (self.latent_kind == kind).any())
