@@ -36,10 +36,10 @@ _CUBE = 1.3
 # and at least.
 _MOST_ORIENTATIONS = 40_000
 _LEAST_ORIENTATIONS = 576
-_ORIENTATIONS_AT_A_TIME = 256
+_TURNS_AT_A_TIME = 256
 _PARTICLES_AT_A_TIME = 512
 # How far the second best orientation is from the best one, at least.
-_APART = math.radians(30.0)
+_ANOTHER_TURN = math.radians(30.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +179,7 @@ def _best_turns(
         some = replace(comparison, views=comparison.views[rows])
         terms = _image_terms(model, some, latents[rows], body, drawn)
         score = partial(_scores, comparison, shape, points, terms)
-        blocks = map_blocks(score, list(grid.split(_ORIENTATIONS_AT_A_TIME)), model.device)
+        blocks = map_blocks(score, list(grid.split(_TURNS_AT_A_TIME)), model.device)
         parts.append(_two_best(torch.cat(blocks, dim=1), grid, some.views.rotations))
         bar.update(len(some.views))
     return _Best(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -319,7 +319,7 @@ def _two_best(scores: Tensor, grid: Tensor, rotations: Tensor) -> Sequence[Tenso
     """Of (n, k) scores on a grid of orientations on the image: what `_Best` holds."""
     best = scores.max(1)
     # The trace of G Gᵀ is 1 + 2 cos of the angle between them.
-    near = grid[best.indices].flatten(1) @ grid.flatten(1).T > 1 + 2 * math.cos(_APART)
+    near = grid[best.indices].flatten(1) @ grid.flatten(1).T > 1 + 2 * math.cos(_ANOTHER_TURN)
     second = scores.masked_fill_(near, -torch.inf).max(1)
     back = rotations.transpose(1, 2).to(grid)
     turns = back @ grid[best.indices], back @ grid[second.indices]
