@@ -8,6 +8,7 @@
 - `posterior`: a particle's posterior, from its linearised image and the prior.
 - `reference`: what is wrong with the reference: the density and the shape that images ask for.
 - `docking`: where images show the reference, and how large; how images are compared.
+- `search`: where bodies that may turn by any angle are, before a refinement.
 - `check`: `check`, whether particles and reference belong together, before a refinement.
 - `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
 - `verdict`: what speaks against a refinement, without a truth.

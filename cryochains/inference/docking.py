@@ -218,9 +218,14 @@ class Comparison:
         return values
 
 
-def compare_with(model: Model, particles: ParticleStack, rows: np.ndarray) -> Comparison:
-    """How the images of these rows are compared; the noise is the median power of their rings."""
-    box = _compared_box(model)
+def compare_with(
+    model: Model, particles: ParticleStack, rows: np.ndarray, box_size: int | None = None
+) -> Comparison:
+    """How the images of these rows are compared; the noise is the median power of their rings.
+
+    At frequencies that a box of `box_size` pixels holds, by default as many as say something.
+    """
+    box = _compared_box(model) if box_size is None else box_size
     points = model.bead_dynamics.reference - model.microscope.origin_tensor
     blank = torch.zeros(box // 2 + 1, dtype=torch.float64, device=model.device)
     nothing = _Views(*(torch.zeros(0, device=model.device) for _ in range(4)))
@@ -321,7 +326,7 @@ def dock(comparison: Comparison) -> Docking:
     A position that is only shifted is preferred to a turned one that does not fit clearly better.
     """
     volume = _back_projection(comparison)
-    orientations = _even_rotations(_N_ORIENTATIONS)
+    orientations = even_rotations(_N_ORIENTATIONS)
     views = comparison.views.spread(_RIGID_IMAGES)
     few = views.spread(_FEW_RIGID_IMAGES)
     fits = []
@@ -406,7 +411,7 @@ def _splat(
                 total.index_add_(0, index.flatten(), (weight * values).flatten())
 
 
-def _even_rotations(n: int) -> np.ndarray:
+def even_rotations(n: int) -> np.ndarray:
     """(n, 3, 3) rotations spread evenly: a spiral over unit quaternions.
 
     Alexa (2022), Super-Fibonacci spirals, CVPR.

@@ -67,6 +67,7 @@ from .likelihood import (
 from .posterior import LatentPrior, latent_prior, solve_particles
 from .reference import learn_beads, unbent
 from .result import Result
+from .search import Starts, search_turns, turning_bodies
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
 _BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
@@ -92,6 +93,11 @@ _STUCK_DEVIATIONS = 6.0
 _RESTART_BLURS = (4.0,)
 # Where it begins, beside the population's mean: so many points at which other particles gather.
 _STARTS = 8
+# A population that learned of them tells better which ones are stuck: at most so many rounds.
+_ROUNDS = 3
+# Nats by which the second orientation of a body that may turn by any angle is less likely, in the
+# search, where it is refined too.
+_SECOND_BEST = 15.0
 # Where images ask for other beads they are learned so many times, and particles then refined anew
 # from at most these blurs (Å) on.
 _DENSITY_BLURS = (4.0, 0.0)
@@ -126,7 +132,8 @@ def refine(
         Known from earlier, as when scoring held-out particles; None learns it from these.
     start : Result or (N, p) tensor, optional
         Where to start, such as what an encoder answered; by default the population's mean or the
-        reference.
+        reference, with bodies that may turn by any angle (`Structure.with_turning`) in the
+        orientation that fits each image best.
     blurs : sequence of float
         Å, one a pass over the images. The longest should be about the largest motion expected.
     n_population : int
@@ -211,15 +218,20 @@ def refine(
                 batch_size=batch_size,
                 checkpoint=_block_path(checkpoint, number),
             )
+            if first is None and turning_bodies(model):
+                run = replace(run, searched=_searched(run, progress))
+            learns = population is None
             if population is None:
                 run, state, population = _learn_population(given, run, progress)
                 model = run.model
-                state, rescued = _restart_stuck(run, state, population)
-                if rescued.any():
-                    state = _learn_once_more(run, state, rescued)
-                    population = _learned_population(model, state, population.beads)
             else:
-                state, _ = _restart_stuck(run, _run_passes(run, progress), population)
+                state = _run_passes(run, progress)
+            for _ in range(_ROUNDS if learns else 1):
+                state, rescued = _start_again(run, state, population)
+                if not learns or not rescued.any():
+                    break
+                state = _learn_once_more(run, state, rescued)
+                population = _learned_population(model, state, population.beads)
             history = history or state.history
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
@@ -486,6 +498,8 @@ class _Run:
         After the first passes, of a run that goes on.
     follows : str, optional
         Identity of the run whose particles are refined anew with beads that it learned.
+    searched : Starts, optional
+        Where there are bodies that may turn by any angle, and no start was given.
     """
 
     model: Model
@@ -498,6 +512,7 @@ class _Run:
     checkpoint: Path | None
     state: "_State | None" = None
     follows: str | None = None
+    searched: Starts | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -745,10 +760,12 @@ def _first_state(run: _Run, constants: _Constants) -> _State:
             "noise_spectrum": _spectrum_of(population, model.microscope).to(device),
         }
     log_scale, scale_mean, scale_spread = image_model.start_scales(run.look, known)
-    if run.start is None:
-        proposal = mean.float().expand(n, p).clone()
-    else:
+    if run.start is not None:
         proposal = run.start.to(device).float().clone()
+    elif run.searched is not None:
+        proposal = run.searched.latents.clone()
+    else:
+        proposal = mean.float().expand(n, p).clone()
     zeros = torch.zeros(n, device=device)
     state = _State(
         proposal=proposal,
@@ -1191,51 +1208,80 @@ def _spectrum_of(population: Population, microscope: Microscope) -> Tensor:
 # Particles that are stuck
 
 
-def _restart_stuck(run: _Run, state: _State, population: Population) -> tuple[_State, Tensor]:
-    """A second start for particles that are far from all others; the likelier answer is kept.
+def _searched(run: _Run, progress: bool) -> Starts:
+    """Where bodies that may turn by any angle are, all else as the population's mean."""
+    mean = torch.zeros(run.model.n_latents)
+    if run.population is not None:
+        mean = run.population.mean
+    return search_turns(run.model, run.particles, mean, progress)
 
-    They start from the population's mean and from where the other particles gather, whichever
-    explains the blurred image best. Returns the state, and which particles found a better answer.
-    """
+
+def _start_again(run: _Run, state: _State, population: Population) -> tuple[_State, Tensor]:
+    """Second starts, and a mask (n,) of the particles that found a likelier answer from them."""
+    rescued = torch.zeros(len(state.proposal), dtype=torch.bool, device=state.proposal.device)
+    if run.searched is not None:
+        for latents, behind in zip(run.searched.others, run.searched.behind, strict=True):
+            # The next orientation of a body fits about as well.
+            close = behind < _SECOND_BEST
+            state, better = _started_at(run, state, population, close, latents[None, close])
+            rescued |= better
+    if run.start is not None:
+        return state, rescued
     prior = _prior_of(state)
     off = state.proposal.double() - prior.mean
     distance = ((off @ prior.precision) * off).sum(1)
     middle = distance.median()
     deviation = (distance - middle).abs().median().clamp_min(1e-9)
-    is_stuck = distance > middle + _STUCK_DEVIATIONS * deviation
-    rescued = torch.zeros_like(is_stuck)
-    if run.start is not None or not is_stuck.any():
-        return state, rescued
-    stuck = is_stuck.nonzero().squeeze(1)
-    rows = stuck.cpu().numpy()
+    stuck = distance > middle + _STUCK_DEVIATIONS * deviation
+    starts = torch.cat([prior.mean.to(state.proposal)[None], _gatherings(state, ~stuck)])
+    starts = starts[:, None].expand(-1, int(stuck.sum()), -1)
+    state, better = _started_at(run, state, population, stuck, starts)
+    return state, rescued | better
+
+
+def _started_at(
+    run: _Run, state: _State, population: Population, chosen: Tensor, starts: Tensor
+) -> tuple[_State, Tensor]:
+    """Particles of a mask (n,) refined anew; the likelier of the two answers is kept.
+
+    Of `starts` (s, n_chosen, p) each takes the one that explains its blurred image best. The mask
+    (n,) that is returned is of those whose new answer was kept.
+    """
+    kept = torch.zeros_like(chosen)
+    if not chosen.any():
+        return state, kept
+    rows = chosen.nonzero().squeeze(1).cpu().numpy()
     usable = run.look.usable.nonzero().squeeze(1)
-    kept = torch.zeros_like(run.look.usable)
-    kept[usable[rows]] = True
+    of_look = torch.zeros_like(run.look.usable)
+    of_look[usable[rows]] = True
     last = run.blurs[-1]
     again = replace(
         run,
         particles=run.particles[rows],
-        look=replace(run.look, usable=kept),
+        look=replace(run.look, usable=of_look),
+        start=starts[0],
+        searched=None,
         population=population,
         # Only evidence of images with the same blur can be compared.
         blurs=(*(blur for blur in _RESTART_BLURS if blur > last), last, last),
         checkpoint=None,
     )
-    starts = torch.cat([prior.mean.to(state.proposal)[None], _gatherings(state, ~is_stuck)])
-    looks = []
-    for latents in starts:
-        one = replace(again, start=latents.expand(len(rows), -1))
-        looks.append(_run_passes(one, progress=False, n_passes=1).evidence)
-    best = torch.stack(looks).argmax(0)
-    other = _run_passes(replace(again, start=starts[best]), progress=False)
-    better = other.evidence > state.evidence[stuck] + 1
-    rescued[stuck[better]] = True
+    if len(starts) > 1:
+        looks = [
+            _run_passes(replace(again, start=start), progress=False, n_passes=1).evidence
+            for start in starts
+        ]
+        best = torch.stack(looks).argmax(0)
+        again = replace(again, start=starts[best, torch.arange(len(rows), device=best.device)])
+    other = _run_passes(again, progress=False)
+    better = other.evidence > state.evidence[chosen] + 1
+    kept[chosen] = better
     answer = {}
     for name in _PARTICLE_TENSORS:
         values = getattr(state, name).clone()
-        values[rescued] = getattr(other, name)[better]
+        values[kept] = getattr(other, name)[better]
         answer[name] = values
-    return replace(state, **answer), rescued
+    return replace(state, **answer), kept
 
 
 def _gatherings(state: _State, of: Tensor) -> Tensor:

@@ -201,7 +201,12 @@ def _convergence(step: float, n_passes: int) -> Finding:
 def _spread(dynamics: Dynamics, latents: Tensor) -> Finding:
     """How far conformations spread."""
     spread = float(latents.double().var(0).sum().sqrt()) if len(latents) > 1 else 0.0
-    plausible = float(elastic_variance(dynamics).sum().sqrt())
+    variance = elastic_variance(dynamics)
+    for layout, name in zip(dynamics.chains, dynamics.structure.chain_ids, strict=True):
+        if name in dynamics.structure.turning:
+            # No turn of it is further than half a turn, and any may be of all particles.
+            variance[layout.rotation] = (math.pi / dynamics.scale_tensor[layout.rotation]) ** 2 / 3
+    plausible = float(variance.sum().sqrt())
     return _graded(
         "spread",
         spread / plausible,

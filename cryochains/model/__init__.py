@@ -32,7 +32,7 @@ from .population import (
     require_population,
     shrink_covariance,
 )
-from .rotations import rotvec_to_matrix
+from .rotations import matrix_to_rotvec, rotvec_to_matrix
 from .simulation import simulate_particles
 from .storage import pack_model, unpack_model
 from .truth import Truth
@@ -55,6 +55,7 @@ __all__ = [
     "frame_jacobian",
     "in_frame",
     "load_population",
+    "matrix_to_rotvec",
     "mode_limit",
     "pack_model",
     "require_population",

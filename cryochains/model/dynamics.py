@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from ..molecule import Beads, Modes, Structure
-from .rotations import cross_matrix, right_jacobian, rotvec_to_matrix
+from .rotations import (
+    best_rotation,
+    cross_matrix,
+    matrix_to_rotvec,
+    right_jacobian,
+    rotvec_to_matrix,
+)
 
 KINDS = ("mode", "rotation", "translation")
 _CPU = torch.device("cpu")
@@ -171,7 +177,7 @@ class Dynamics:
 
     @cached_property
     def centers(self) -> Tensor:
-        """(n_chains, 3) float32, the point in Å that each chain turns about."""
+        """(n_chains, 3) float32, the point in Å that each chain turns about; see `Structure`."""
         return self._tensor(self.structure.centers)
 
     @cached_property
@@ -234,7 +240,7 @@ class Dynamics:
     # Latents to coordinates
 
     def bend(self, latents: Tensor, chain: int) -> Tensor:
-        """(b, n_c, 3) chain after Eq. 1 alone, relative to its centre of mass."""
+        """(b, n_c, 3) chain after Eq. 1 alone, relative to the point that it turns about."""
         layout = self.chains[chain]
         x = (self.reference[layout.atoms] - self.centers[chain]).to(latents.dtype)
         vectors = self.mode_vectors[chain].to(latents.dtype)
@@ -335,7 +341,7 @@ class Dynamics:
                 f"expected coordinates (m, {len(self.reference)}, 3), got {tuple(coords.shape)}; "
                 "try coords[None]"
             )
-        latents = coords.new_zeros(len(coords), self.n_latents)
+        latents = self._superposed(coords)
         for _ in range(n_steps):
             residual = coords - self.decode(latents)
             step = torch.zeros_like(latents)
@@ -351,6 +357,23 @@ class Dynamics:
             if step.abs().max() < 1e-6:
                 break
         return latents.float()
+
+    def _superposed(self, coords: Tensor) -> Tensor:
+        """(m, p) latents that lay bodies that may turn by any angle over theirs; all else 0."""
+        latents = coords.new_zeros(len(coords), self.n_latents)
+        for chain, layout in enumerate(self.chains):
+            turns = self.structure.chain_ids[chain] in self.structure.turning
+            if not (turns and self.rotation and self.translation):
+                continue
+            there = coords[:, layout.atoms]
+            here = self.reference[layout.atoms].to(coords)
+            middle, center = here.mean(0), self.centers[chain].to(coords)
+            turn = best_rotation((there - there.mean(1, keepdim=True)).mT @ (here - middle))
+            latents[:, layout.rotation] = matrix_to_rotvec(turn) / self.scale_tensor[
+                layout.rotation
+            ].to(coords)
+            latents[:, layout.translation] = there.mean(1) - center - turn @ (middle - center)
+        return latents
 
     def __repr__(self) -> str:
         present = ", ".join(kind for kind in KINDS if (self.latent_kind == kind).any())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._files import load_tensors, save_tensors
-from ..molecule import Beads, Structure
+from ..molecule import BONDED_DISTANCE, Beads
 from .dynamics import KINDS, Dynamics
 from .model import Model, require_same_model
 
@@ -21,8 +21,9 @@ from .model import Model, require_same_model
 START_SPREAD = {"mode": 2.0, "rotation": 4.0, "translation": 4.0}
 # Å, neighbours along a chain are not thought to part by more along one mode: a bond's length.
 MAX_BOND_STRETCH = 4.0
-# Å, nodes of a chain that are nearer are neighbours along it.
-_BONDED_DISTANCE = 8.0
+# Radians², variance of a rotation vector along each axis where all orientations are as likely:
+# ∫ θ² (1 − cos θ)/π dθ from 0 to π is π²/3 + 2 along all three.
+_ANY_TURN = (np.pi**2 / 3 + 2) / 3
 # Å, by which nodes at a joint of two bodies are thought to part; to first order in the turns.
 _JOINT_GAP = 2.0
 # What is thought of the variances before any image was seen counts as much as so many particles.
@@ -240,13 +241,16 @@ def _joint_precision(dynamics: Dynamics) -> Tensor | None:
     atom_of_node = np.searchsorted(structure.rows, structure.node_rows)
     zero = torch.zeros(1, dynamics.n_latents, dtype=torch.float64)
     rows = []
-    for pair in _joined_nodes(structure):
+    for pair in structure.joints:
         step = torch.zeros(3, dynamics.n_latents, dtype=torch.float64)
         for node, sign in zip(pair, (-1.0, 1.0), strict=True):
             chain = int(structure.node_chain[node])
             layout = dynamics.chains[chain]
             atom = int(atom_of_node[node]) - layout.atoms.start
             step[:, layout.latents] += sign * plain.tangents(zero, chain)[0, :, atom].T
+            if structure.chain_ids[chain] in structure.turning:
+                # To first order, a large turn about the joint itself would part it.
+                step[:, layout.rotation] = 0.0
         rows.append(step)
     if not rows:
         return None
@@ -254,22 +258,11 @@ def _joint_precision(dynamics: Dynamics) -> Tensor | None:
     return jacobian.T @ jacobian / _JOINT_GAP**2
 
 
-def _joined_nodes(structure: Structure) -> list[tuple[int, int]]:
-    """Pairs of nodes next to each other in a chain's sequence that are of different bodies."""
-    chids = structure.atoms.getChids()[structure.node_rows]
-    order = np.lexsort((structure.atoms.getResnums()[structure.node_rows], chids))
-    first, second = order[:-1], order[1:]
-    apart = structure.node_coords[second] - structure.node_coords[first]
-    joined = chids[first] == chids[second]
-    joined &= structure.node_chain[first] != structure.node_chain[second]
-    joined &= np.linalg.norm(apart, axis=1) < _BONDED_DISTANCE
-    return list(zip(first[joined].tolist(), second[joined].tolist(), strict=True))
-
-
 def elastic_variance(dynamics: Dynamics) -> Tensor:
     """(p,) variance in Å² of each latent before any image was seen.
 
     1/λ for modes, the same for every direction of rigid motion; no more than `mode_limit` squared.
+    Of a body that may turn by any angle, that of all orientations.
     """
     variance = np.ones(dynamics.n_latents)
     for chain, layout in enumerate(dynamics.chains):
@@ -277,6 +270,8 @@ def elastic_variance(dynamics: Dynamics) -> Tensor:
             softness = 1 / dynamics.modes.eigenvalues[chain]
             variance[layout.mode] = START_SPREAD["mode"] ** 2 * softness / softness.sum()
         variance[layout.rotation] = START_SPREAD["rotation"] ** 2 / 3
+        if dynamics.structure.chain_ids[chain] in dynamics.structure.turning:
+            variance[layout.rotation] = _ANY_TURN / dynamics.scale[layout.rotation] ** 2
         variance[layout.translation] = START_SPREAD["translation"] ** 2 / 3
     return torch.from_numpy(variance).minimum(mode_limit(dynamics).square())
 
@@ -293,7 +288,7 @@ def mode_limit(dynamics: Dynamics) -> Tensor:
     structure = dynamics.structure
     for chain, layout in enumerate(dynamics.chains):
         nodes = structure.node_coords[structure.node_chain == chain]
-        bonded = np.linalg.norm(np.diff(nodes, axis=0), axis=1) < _BONDED_DISTANCE
+        bonded = np.linalg.norm(np.diff(nodes, axis=0), axis=1) < BONDED_DISTANCE
         # One unit of a latent moves its chain by 1 Å (RMS), a vector of norm √n.
         vectors = dynamics.modes.vectors[chain] * np.sqrt(len(nodes))
         stretch = np.linalg.norm(np.diff(vectors, axis=1)[:, bonded], axis=-1)

@@ -23,11 +23,12 @@ from .modes import Modes, compute_modes, find_chain
 from .screws import Screw, change_sentence, describe_change, screw_motion
 from .sources import quiet_prody
 from .storage import pack_modes, pack_structure, unpack_modes, unpack_structure
-from .structure import Structure, load_structure
+from .structure import BONDED_DISTANCE, Structure, load_structure
 from .superposition import morph, rigid_fit, superpose
 from .writing import chain_names, write_structure
 
 __all__ = [
+    "BONDED_DISTANCE",
     "Beads",
     "Match",
     "Modes",

@@ -59,6 +59,8 @@ def pack_structure(structure: Structure) -> tuple[dict[str, np.ndarray], dict[st
         "in_given_order": structure.in_given_order,
         "words": words,
     }
+    if structure.turning:
+        meta["turning"] = list(structure.turning)
     return arrays, meta
 
 
@@ -91,8 +93,10 @@ def unpack_structure(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) 
     weights = packed.floats("weights", (len(rows),))
     origin = packed.floats("origin", (3,))
     in_given_order = packed.truth("in_given_order")
+    turning = packed.names("turning") if "turning" in meta else ()
 
     packed.require((weights >= 0).all() and weights.sum() > 0, "weights are not positive")
+    packed.require(set(turning) <= set(chain_ids), "a body that turns is unknown")
     packed.require((np.diff(atom_chain) >= 0).all(), "atoms do not stand body by body")
     node_chain = atom_chain[node_rows]
     packed.require(len(set(node_chain)) == len(chain_ids), "a body has no node")
@@ -110,6 +114,7 @@ def unpack_structure(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) 
         weights=weights,
         origin=origin,
         in_given_order=in_given_order,
+        turning=turning,
     )
 
 

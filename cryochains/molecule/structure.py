@@ -28,6 +28,8 @@ from .residues import (
 from .sources import quiet_prody, read_atoms, select_rows
 from .writing import write_structure
 
+# Å, nodes of a chain that are nearer are neighbours along it.
+BONDED_DISTANCE = 8.0
 # Bodies that a line of text names one by one.
 MOST_NAMED_CHAINS = 8
 # Parts of chains whose residues a line of text names.
@@ -60,6 +62,8 @@ class Structure:
         (3,) Å, the point of the structure at the centre of the box.
     in_given_order
         Whether the bodies stand in an order that the user asked for by `chains`.
+    turning
+        Names of the bodies that may turn by any angle; see `with_turning`.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Structure:
     weights: np.ndarray
     origin: np.ndarray
     in_given_order: bool = False
+    turning: tuple[str, ...] = ()
 
     @cached_property
     def coords(self) -> np.ndarray:
@@ -128,17 +133,35 @@ class Structure:
 
     @cached_property
     def centers(self) -> np.ndarray:
-        """(n_chains, 3) Å, mean of each body's nodes.
+        """(n_chains, 3) Å, the point that each body turns about: the mean of its nodes.
 
         Nodes, one a residue and of equal mass as in the elastic network, whatever the imaging atoms
-        are: "ca", "heavy" and all-atom export then turn about the same point.
+        are: "ca", "heavy" and all-atom export then turn about the same point. A body of `turning`
+        turns about its joint, the middle of the bonds that join it to others, if there are any.
         """
         means = [self.node_coords[self.node_chain == c].mean(0) for c in range(self.n_chains)]
+        for name in self.turning:
+            body = self.chain_ids.index(name)
+            bonds = [pair for pair in self.joints if body in self.node_chain[list(pair)]]
+            if bonds:
+                means[body] = self.node_coords[np.array(bonds)].mean((0, 1))
         return np.stack(means)
 
     @cached_property
+    def joints(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of nodes, next to each other in a chain's sequence, that are of two bodies."""
+        chids = self.atoms.getChids()[self.node_rows]
+        order = np.lexsort((self.atoms.getResnums()[self.node_rows], chids))
+        first, second = order[:-1], order[1:]
+        apart = self.node_coords[second] - self.node_coords[first]
+        joined = chids[first] == chids[second]
+        joined &= self.node_chain[first] != self.node_chain[second]
+        joined &= np.linalg.norm(apart, axis=1) < BONDED_DISTANCE
+        return tuple(zip(first[joined].tolist(), second[joined].tolist(), strict=True))
+
+    @cached_property
     def radii(self) -> np.ndarray:
-        """(n_chains,) Å, radius of gyration of each body's nodes."""
+        """(n_chains,) Å, RMS distance of each body's nodes from its centre."""
         offsets = self.node_coords - self.centers[self.node_chain]
         squares = np.bincount(self.node_chain, (offsets**2).sum(1))
         return np.sqrt(squares / np.bincount(self.node_chain))
@@ -146,13 +169,15 @@ class Structure:
     @cached_property
     def content_hash(self) -> str:
         """16 hex digits of the nodes (to 1e-3 Å), residues and bodies; free of file names."""
-        parts = [
+        parts: list[Sequence | np.ndarray] = [
             self.chain_ids,
             self.node_chain,
             self.atoms.getResnums()[self.node_rows],
             self.atoms.getIcodes()[self.node_rows],
             self.atoms.getResnames()[self.node_rows],
         ]
+        if self.turning:
+            parts.append(self.turning)
         text = "\n".join(" ".join(map(str, part)) for part in parts)
         milli = np.round(self.node_coords * 1000).astype("<i8")
         return hashlib.sha256(text.encode() + milli.tobytes()).hexdigest()[:16]
@@ -166,7 +191,8 @@ class Structure:
     def as_one_body(self) -> "Structure":
         """All bodies merged into one, named "A+B": the modes of the whole assembly."""
         one_body = np.zeros_like(self.atom_chain)
-        return replace(self, chain_ids=("+".join(self.chain_ids),), atom_chain=one_body)
+        name = "+".join(self.chain_ids)
+        return replace(self, chain_ids=(name,), atom_chain=one_body, turning=())
 
     def as_domains(self) -> "Structure":
         """The same molecule with chains cut where its elastic network bends most easily.
@@ -210,6 +236,7 @@ class Structure:
             rows=new_row[self.rows][row_order],
             node_rows=new_row[self.node_rows][node_order],
             weights=self.weights[row_order],
+            turning=(),
         )
 
     def with_coords(self, coords: np.ndarray) -> "Structure":
@@ -247,6 +274,39 @@ class Structure:
                 "try Structure.coords.mean(0)"
             )
         return replace(self, origin=origin)
+
+    def with_turning(self, *bodies: str) -> "Structure":
+        """The same molecule, of which these bodies may turn by any angle, up to 360°.
+
+        Such as an antibody's Fab at its hinge. A body that a bond joins to another then turns about
+        that joint, and `refine` searches its orientation over all angles before it refines. Of
+        other bodies it finds turns that it can follow from the reference: by some tens of degrees.
+
+        Parameters
+        ----------
+        *bodies : str
+            Their names, of `chain_ids`; none takes it back.
+
+        Raises
+        ------
+        ValueError
+            When there is no such body.
+
+        Examples
+        --------
+        >>> from cryochains import load_structure
+        >>> halves = {"upper": "chain A and resnum 1 to 120", "lower": "chain A and resnum > 120"}
+        >>> structure = load_structure("glua3-closed", bodies=halves).with_turning("upper")
+        >>> structure.turning, structure.joints
+        (('upper',), ((107, 108),))
+        """
+        absent = [name for name in bodies if name not in self.chain_ids]
+        if absent:
+            raise ValueError(
+                f"expected bodies among {' '.join(self.chain_ids)}, got {', '.join(absent)}; "
+                "try Structure.chain_ids for their names"
+            )
+        return replace(self, turning=tuple(name for name in self.chain_ids if name in bodies))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all atoms as PDB text (.pdb, .pdb.gz) or mmCIF (.cif), whole or not at all.
@@ -297,6 +357,8 @@ class Structure:
             pairs = zip(self.chain_ids, self.residue_ranges, strict=True)
             chains = ", ".join(f"{name} ({residues})" for name, residues in pairs)
             chains = f"bodies {chains}"
+        if self.turning:
+            chains = f"{chains}, turning by any angle: {' '.join(self.turning)}"
         counts = f"{self.n_nodes:,} residues, {self.atoms.numAtoms():,} atoms"
         return f"Structure({self.name!r}, {chains}, {counts})"
 
@@ -333,6 +395,8 @@ def load_structure(
           easily, into semi-rigid parts of 30 residues or more, "A1" and "A2" of chain "A". Chains
           that are one domain stay whole.
         - Names and ProDy selections of the bodies: ``{"head": "chain A and resnum 1 to 200"}``.
+
+        A body that may turn by any angle is named by `Structure.with_turning`.
 
     Returns
     -------

@@ -11,10 +11,10 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from cryochains.inference.docking import (
-    _even_rotations,
     affordable_images,
     compare_with,
     dock,
+    even_rotations,
     measure_scale,
     normalised_images,
 )
@@ -154,7 +154,7 @@ def test_more_images_are_affordable_of_less_work(comparison, chain, particles):
 
 
 def test_orientations_are_rotations_that_leave_no_gap():
-    rotations = _even_rotations(1152)
+    rotations = even_rotations(1152)
     assert rotations.shape == (1152, 3, 3)
     squares = rotations @ rotations.transpose(0, 2, 1)
     np.testing.assert_allclose(squares, np.broadcast_to(np.eye(3), squares.shape), atol=1e-6)

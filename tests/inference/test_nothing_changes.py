@@ -282,6 +282,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         g.model, g.population.fingerprint, "a population"
     ),
     "rotvec_to_matrix": lambda g, f: models.rotvec_to_matrix(g.latents[:, :3]),
+    "matrix_to_rotvec": lambda g, f: models.matrix_to_rotvec(g.particles.rotations),
     "shrink_covariance": lambda g, f: models.shrink_covariance(
         g.population.covariance, 5, models.elastic_prior(g.dynamics)
     ),
@@ -530,6 +531,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "Structure.as_one_body": lambda g, f: g.closed.as_one_body(),
     "Structure.with_coords": lambda g, f: g.closed.with_coords(g.closed.atoms.getCoords() + 1),
     "Structure.with_origin": lambda g, f: g.closed.with_origin([1.0, 2.0, 3.0]),
+    "Structure.with_turning": lambda g, f: g.closed.with_turning("A"),
     "Structure.save": lambda g, f: [g.closed.save(f / name) for name in ("s.pdb", "s.cif")],
     "Truth.distinct_rows": lambda g, f: g.truth.distinct_rows(),
     "Truth.coords": lambda g, f: g.truth.coords([1]).add_(1.0),

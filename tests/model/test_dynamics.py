@@ -460,3 +460,21 @@ def test_coordinates_of_another_molecule(dynamics):
 def test_repr_says_what_moves(small, dynamics):
     assert "17 latents: mode, rotation, translation" in repr(dynamics)
     assert "6 latents: rotation" in repr(Dynamics(small, translation=False))
+
+
+def test_bodies_that_turn_by_any_angle_are_fitted():
+    """From the reference, least squares would not find a turn of half a turn."""
+    bodies = {
+        "head": "chain A and resnum 1 to 107",
+        "tail": "chain A and resnum > 107",
+        "other": "chain B",
+    }
+    structure = load_structure("glua3-closed", bodies=bodies).with_turning("head")
+    dynamics = Dynamics(structure, compute_modes(structure, 2))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(20, dynamics.n_latents, generator=generator)
+    axes = torch.nn.functional.normalize(torch.randn(20, 3, generator=generator), dim=1)
+    angles = torch.linspace(2.0, 3.1, 20).unsqueeze(1)
+    turns = dynamics.chains[0].rotation
+    latents[:, turns] = angles * axes / dynamics.scale_tensor[turns]
+    torch.testing.assert_close(dynamics.fit(dynamics.decode(latents)), latents, rtol=0, atol=0.02)

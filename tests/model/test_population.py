@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from cryochains.model import (
     KINDS,
@@ -310,3 +311,31 @@ def test_populations_of_an_earlier_version_have_white_noise(closed):
     for name in names[:2]:
         with pytest.raises(TypeError, match=name):
             Population.restore(tensors, {k: v for k, v in meta.items() if k != name})
+
+
+def test_a_body_that_turns_by_any_angle_is_thought_anywhere():
+    """Its rotation vectors vary as those of random rotations do, and the joint stays closed."""
+    selections = {
+        "head": "chain A and resnum 1 to 150",
+        "tail": "chain A and resnum 151 to 400",
+        "other": "chain B",
+    }
+    halves = load_structure("glua3-closed", bodies=selections)
+    dynamics = Dynamics(halves.with_turning("head"))
+    plain = Dynamics(halves)
+    prior = elastic_prior(dynamics)
+    turns = dynamics.chains[0].rotation
+    vectors = Rotation.random(20_000, random_state=0).as_rotvec() / dynamics.scale[turns]
+    expected = np.square(vectors).mean(0)
+    np.testing.assert_allclose(prior.variance[turns], expected, rtol=0.03)
+    others = np.ones(dynamics.n_latents, dtype=bool)
+    others[turns] = False
+    np.testing.assert_array_equal(prior.variance[others], elastic_variance(plain)[others])
+    # Nothing holds it at the joint, about which it turns.
+    covariance = prior.covariance(prior.variance)
+    np.testing.assert_allclose(covariance[turns, turns], prior.variance[turns].diag())
+    latents = torch.zeros(500, dynamics.n_latents)
+    latents[:, turns] = torch.from_numpy(vectors[:500]).float()
+    edge = int(np.flatnonzero(halves.node_chain == 1)[0])
+    moved = dynamics.decode(latents)
+    assert float((moved[:, edge] - moved[:, edge - 1]).norm(dim=1).max()) < 4.0

@@ -45,6 +45,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
         assert x.dtype == y.dtype, field
     assert (a.name, a.chain_ids, a.in_given_order) == (b.name, b.chain_ids, b.in_given_order)
+    assert a.turning == b.turning
     assert a.content_hash == b.content_hash
 
 
@@ -79,6 +80,14 @@ def test_matched_heavy_atoms_and_bodies_come_back(closed):
     arrays, meta = pack_structure(structure)
     assert_same(unpack_structure(arrays, through_json(meta)), structure)
     assert_same(unpack_structure(*pack_structure(closed)), closed)
+    turning = structure.with_turning("β")
+    assert_same(unpack_structure(*pack_structure(turning)), turning)
+
+
+@pytest.mark.parametrize("names", [["A", "C"], ["A", "A"], [], "A", [1]])
+def test_bodies_that_turn_and_are_not_there_are_refused(packed, names):
+    arrays, meta = packed
+    refused(arrays, {**meta, "turning": names})
 
 
 def test_insertion_codes_negative_and_large_numbers_come_back(closed):

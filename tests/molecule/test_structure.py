@@ -507,3 +507,53 @@ def test_a_copys_name_is_free(closed):
     atoms.setSegnames(segments)
     atoms.setChids(["A"] * atoms.numAtoms())
     assert load_structure(atoms + part).chain_ids == ("A", "A_3", "A_2")
+
+
+def halves(**settings):
+    bodies = {
+        "head": "chain A and resnum 1 to 107",
+        "tail": "chain A and resnum > 107",
+        "other": "chain B",
+    }
+    return load_structure("glua3-closed", bodies=bodies, **settings)
+
+
+@pytest.mark.parametrize("atoms", ["ca", "heavy"])
+def test_a_body_that_turns_by_any_angle_turns_about_its_joint(atoms):
+    plain = halves(atoms=atoms)
+    turning = plain.with_turning("tail", "head")
+    check(turning)
+    assert turning.turning == ("head", "tail") and plain.turning == ()
+    ((before, after),) = turning.joints
+    assert (plain.node_chain[before], plain.node_chain[after]) == (0, 1)
+    joint = plain.node_coords[[before, after]].mean(0)
+    for body in (0, 1):
+        np.testing.assert_allclose(turning.centers[body], joint)
+        own = plain.node_coords[plain.node_chain == body]
+        distance = np.sqrt(((own - joint) ** 2).sum(1).mean())
+        assert turning.radii[body] == pytest.approx(distance) and distance > plain.radii[body]
+    np.testing.assert_array_equal(turning.centers[2], plain.centers[2])
+    # A population of the one is none of the other; and all can be taken back.
+    assert turning.content_hash != plain.content_hash
+    assert turning.with_turning().content_hash == plain.content_hash
+    assert "turning by any angle: head tail" in repr(turning)
+    assert "turning" not in repr(plain)
+
+
+def test_a_body_without_a_joint_turns_about_its_centre():
+    plain = halves()
+    np.testing.assert_array_equal(plain.with_turning("other").centers, plain.centers)
+
+
+def test_joints_move_with_the_atoms():
+    turning = halves().with_turning("head")
+    moved = turning.with_coords(turning.atoms.getCoords() + [1.0, 2.0, 3.0])
+    np.testing.assert_allclose(moved.centers, turning.centers + [1.0, 2.0, 3.0])
+
+
+def test_other_bodies_do_not_turn():
+    turning = halves().with_turning("head")
+    assert turning.all_atoms().turning == ("head",)
+    assert turning.as_one_body().turning == turning.as_domains().turning == ()
+    with pytest.raises(ValueError, match="expected bodies among head tail other, got foot; try"):
+        turning.with_turning("head", "foot")
