@@ -2,7 +2,8 @@
 
 What the paper leaves open is decided here: d is drawn for every mode of every chain; a chain turns
 about x, then y, then z, each by an angle uniform in ± the paper's; conformations that leave the box
-are drawn anew; images have neither CTF nor shifts.
+are drawn anew; images have neither CTF nor shifts. The paper's springs are "anm", in the simulation
+and in the models; by default both have those of the library, and every row says which.
 """
 
 import os
@@ -26,6 +27,7 @@ D_STD = 0.25
 # Of the box, by the molecule.
 FILLED_SHARE = 0.7
 MORPH_FRAMES = 50
+DEFAULT_SPRINGS = "edenm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +85,10 @@ def load_hsp90() -> Molecule:
 def open_hsp90(closed: Structure) -> Structure:
     """An open state in place of 2CGE.
 
-    Both chains are bent by 1.5 Å along their two softest modes, and chain B is turned by +19° about
-    the y axis through Cα 677 of chain A, where the two chains hold each other.
+    Both chains are bent by 1.5 Å along their two softest modes of the springs "anm", and chain B is
+    turned by +19° about the y axis through Cα 677 of chain A, where the two chains hold each other.
     """
-    modes = cc.compute_modes(closed, n_modes=2)
+    modes = cc.compute_modes(closed, n_modes=2, springs="anm")
     moved = closed.atoms.getCoords().copy()
     # In opposite senses: the others bring two residues of A and B nearer than 3.5 Å.
     for chain, sense in enumerate((1, -1)):
@@ -126,7 +128,7 @@ MOLECULES = {"glua3": load_glua3, "gabab": load_gabab, "hsp90": load_hsp90}
 
 
 def figure2_motion(
-    molecule: Molecule, n: int, seed: int, cutoff: float = np.inf
+    molecule: Molecule, n: int, seed: int, cutoff: float = np.inf, springs: str = DEFAULT_SPRINGS
 ) -> tuple[Dynamics, torch.Tensor]:
     """The motions of Figure 2: dynamics of the true structure and (n, p) latents.
 
@@ -134,7 +136,7 @@ def figure2_motion(
     which a loose end of Hsp90 leaves in one of a thousand.
     """
     rng = np.random.default_rng(seed)
-    modes = cc.compute_modes(molecule.truth, N_MODES_TRUE)
+    modes = cc.compute_modes(molecule.truth, N_MODES_TRUE, springs=springs)
     dynamics = Dynamics(molecule.truth, modes, translation=False)
     latents = _draw_figure2_latents(molecule, dynamics, n, rng)
     outside = _farthest_atoms(molecule, dynamics, latents) > cutoff
@@ -186,12 +188,16 @@ def simulate(
     seed: int,
     device: str | torch.device | None = None,
     progress: bool = True,
+    springs: str = DEFAULT_SPRINGS,
 ) -> cc.ParticleStack:
-    """Particles of figure 2 (modes, turns about the truth) or 3 (a morph, reference to truth)."""
+    """Particles of figure 2 (modes, turns about the truth) or 3 (a morph, reference to truth).
+
+    `springs` are those of the modes in figure 2.
+    """
     size = pixel_size(molecule, box_size)
     motion: dict[str, Any]
     if figure == 2:
-        dynamics, latents = figure2_motion(molecule, n, seed, cutoff=size * box_size / 2)
+        dynamics, latents = figure2_motion(molecule, n, seed, size * box_size / 2, springs)
         motion = {"dynamics": dynamics, "latents": latents}
     else:
         motion = {"conformations": cc.morph(molecule.reference, molecule.truth, MORPH_FRAMES)}
@@ -224,11 +230,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, reference: Structure, particles: cc.ParticleStack) -> cc.Model:
-    """One of the paper's five models around a reference."""
+def build(
+    name: str, reference: Structure, particles: cc.ParticleStack, springs: str = DEFAULT_SPRINGS
+) -> cc.Model:
+    """One of the paper's five models around a reference, with modes of these springs."""
     structure = reference.as_one_body() if name == "N100" else reference
     sigma = gaussian_width(particles.pixel_size)
-    return cc.Model(structure, particles, sigma=sigma, **MODELS[name])
+    settings = dict(MODELS[name])
+    n_modes = settings.pop("modes", 0)
+    modes = cc.compute_modes(structure, n_modes, springs=springs) if n_modes else None
+    return cc.Model(structure, particles, modes=modes, sigma=sigma, **settings)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ least, where c_i is small of nodes that few others touch: loose ends are no doma
 """
 
 import numpy as np
-from scipy.spatial import cKDTree
 
-from .network import solve_modes
+from .network import contact_weights, solve_modes
 
-# Of the network: Å, and modes of the whole molecule.
+# Of the network: Å, and modes of the whole molecule. Its springs are those of ANM, which
+# `_WORTH_A_CUT` was chosen with.
 _CUTOFF = 15.0
 _N_MODES = 20
 # Residues in a domain, at least.
@@ -25,13 +25,6 @@ _MOST_CUTS = 8
 # Chains that are known to bend at hinges (GABA-B, antibodies, Hsp90) have 0.001 to 0.34, those of
 # one domain 0.46 and more.
 _WORTH_A_CUT = 0.4
-# Å within which nodes touch that are more than so many residues apart.
-_TOUCHING = 10.0
-_SEQUENCE_APART = 3
-# Touching nodes that a loose end has at most, and how many more make it count wholly.
-_LOOSE = 2
-_WHOLE = 6
-_LEAST_WEIGHT = 0.02
 
 
 def cut_chains(coords: np.ndarray, chain: np.ndarray) -> np.ndarray:
@@ -61,7 +54,7 @@ def cut_chains(coords: np.ndarray, chain: np.ndarray) -> np.ndarray:
         varies = _distance_variance(
             coords[own], solution["vectors"][:, own], solution["eigenvalues"]
         )
-        edges = _best_cuts(_segment_costs(varies, _contact_weights(coords[own])))
+        edges = _best_cuts(_segment_costs(varies, contact_weights(coords[own])))
         domain[own] = np.searchsorted(edges, np.arange(len(own)), side="right")
     return domain
 
@@ -80,14 +73,6 @@ def _distance_variance(
         along = np.einsum("ik,ijk->ij", vector, direction)
         varies += (along + along.T) ** 2 / value
     return varies
-
-
-def _contact_weights(coords: np.ndarray) -> np.ndarray:
-    """(n,) from almost nothing for loose ends to 1 for what is packed."""
-    i, j = cKDTree(coords).query_pairs(_TOUCHING, output_type="ndarray").T
-    far = np.abs(i - j) > _SEQUENCE_APART
-    touching = np.bincount(np.concatenate([i[far], j[far]]), minlength=len(coords))
-    return np.clip((touching - _LOOSE) / _WHOLE, _LEAST_WEIGHT, 1.0)
 
 
 def _segment_costs(varies: np.ndarray, weights: np.ndarray) -> np.ndarray:
