@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper_protocol import MODELS, MOLECULES
+from paper_protocol import DEFAULT_SPRINGS, MODELS, MOLECULES, load_molecule
 from reproduce_paper import KEY, SPRINGS_KEY, read_table, run_name
 
 from cryochains._files import atomic_path
@@ -284,10 +284,13 @@ def plot_figure4(
     return figure
 
 
-def find_structure(name: str) -> Structure | None:
-    """The reference of a molecule, or None where its files are not at hand."""
+def find_structure(name: str, springs: str = DEFAULT_SPRINGS) -> Structure | None:
+    """The reference of a molecule, or None where its files are not at hand.
+
+    `springs` are those of the simulation, which a state that has to be built is bent by.
+    """
     try:
-        return MOLECULES[name]().reference
+        return load_molecule(name, springs).reference
     except FileNotFoundError:
         return None
 
@@ -316,7 +319,9 @@ def draw_figures(rows: Sequence[dict]) -> dict[str, Figure]:
         for model in ("CryoChains", "N100"):
             pair += [row for row in fourth if (row["molecule"], row["model"]) == (name, model)]
         if len(pair) == 2:
-            figures[f"figure4_{name}"] = plot_figure4(pair, find_structure(name))
+            figures[f"figure4_{name}"] = plot_figure4(
+                pair, find_structure(name, pair[0]["simulated_springs"])
+            )
     return figures
 
 

@@ -3,7 +3,8 @@
 What the paper leaves open is decided here: d is drawn for every mode of every chain; a chain turns
 about x, then y, then z, each by an angle uniform in ± the paper's; conformations that leave the box
 are drawn anew; images have neither CTF nor shifts. The paper's springs are "anm", in the simulation
-and in the models; by default both have those of the library, and every row says which.
+and in the models; by default both have those of the library, and every row says which. An open
+state of Hsp90 that has to be built is built with the springs of the simulation.
 """
 
 import os
@@ -68,27 +69,30 @@ def load_gabab() -> Molecule:
     return _molecule("gabab", "GABA-B", truth, reference, 5.0, note)
 
 
-def load_hsp90() -> Molecule:
+def load_hsp90(springs: str = DEFAULT_SPRINGS) -> Molecule:
+    """Where 2CGE is not at hand, its place is taken by an open state built with these springs."""
     closed = _closed_hsp90()
     try:
         closed, opened = cc.match_structures(closed, cc.load_structure("2CGE", chains="AB"))
         note = "Hsp90: truth PDB 2CG9, reference 2CGE"
     except FileNotFoundError:
-        opened = open_hsp90(closed)
+        opened = open_hsp90(closed, springs)
         note = (
             "Hsp90: truth PDB 2CG9; 2CGE was not at hand, "
-            "the reference is an open state built from 2CG9"
+            f"the reference is an open state built from 2CG9 with the springs {springs}"
         )
     return _molecule("hsp90", "Hsp90", closed, opened, 2.5, note)
 
 
-def open_hsp90(closed: Structure) -> Structure:
+def open_hsp90(closed: Structure, springs: str) -> Structure:
     """An open state in place of 2CGE.
 
-    Both chains are bent by 1.5 Å along their two softest modes of the springs "anm", and chain B is
-    turned by +19° about the y axis through Cα 677 of chain A, where the two chains hold each other.
+    Both chains are bent by 1.5 Å along their two softest modes, and chain B is turned by +19° about
+    the y axis through Cα 677 of chain A, where the two chains hold each other. With the springs
+    "anm" the bend is mostly of loose ends, whose bonds it stretches to 9.5 Å, and which modes of
+    other springs hardly express.
     """
-    modes = cc.compute_modes(closed, n_modes=2, springs="anm")
+    modes = cc.compute_modes(closed, n_modes=2, springs=springs)
     moved = closed.atoms.getCoords().copy()
     # In opposite senses: the others bring two residues of A and B nearer than 3.5 Å.
     for chain, sense in enumerate((1, -1)):
@@ -125,6 +129,11 @@ def _molecule(
 
 
 MOLECULES = {"glua3": load_glua3, "gabab": load_gabab, "hsp90": load_hsp90}
+
+
+def load_molecule(name: str, springs: str = DEFAULT_SPRINGS) -> Molecule:
+    """A molecule by its name; `springs` are those that a state which has to be built is bent by."""
+    return load_hsp90(springs) if name == "hsp90" else MOLECULES[name]()
 
 
 def figure2_motion(

@@ -24,6 +24,7 @@ from paper_protocol import (
     build,
     choose,
     expected_path_coordinate,
+    load_molecule,
     simulate,
 )
 
@@ -152,7 +153,7 @@ def run(
         return None
     print(label, flush=True)
     began = time.perf_counter()
-    molecule = MOLECULES[name]()
+    molecule = load_molecule(name, args.simulated_springs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_population = args.n_population or scale.n_population
     stem = run_name(key)

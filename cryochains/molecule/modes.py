@@ -26,11 +26,6 @@ _CACHE_VERSION = 3
 SPRINGS = ("edenm", "anm")
 # Å, of ANM by default.
 _ANM_CUTOFF = 15.0
-# Å: residues of consecutive numbers that are farther apart are no neighbours. Bonds are 3.8 Å, but
-# of 9.5 Å in a structure that was bent along a straight line.
-_LONGEST_BOND = 10.0
-# The distance of two nucleotides' P, about 6.5 Å, over that of two Cα.
-_NUCLEOTIDE_SIZE = 1.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +138,8 @@ def compute_modes(
 
 
 def _backbone(structure: Structure, nodes: np.ndarray) -> Backbone:
-    """Of a body's nodes (n,), by true residue numbers: a gap in the model is no bond."""
-    rows = structure.node_rows[nodes]
-    names = structure.atoms.getNames()[rows]
-    chids = structure.atoms.getChids()[rows]
-    size = np.where(names == "CA", 1.0, _NUCLEOTIDE_SIZE)
-    # Residues with an insertion code share the number of the one before.
-    step = np.diff(structure.atoms.getResnums()[rows])
-    distance = np.linalg.norm(np.diff(structure.node_coords[nodes], axis=0), axis=1)
-    follows = (step >= 0) & (step <= 1) & (chids[1:] == chids[:-1])
-    follows &= distance < _LONGEST_BOND * np.maximum(size[1:], size[:-1])
-    return Backbone(follows, size)
+    """Of a body's nodes (n,), which stand in a row."""
+    return Backbone(structure.bonded_to_next[nodes[:-1]], structure.node_sizes[nodes])
 
 
 def _modes_per_body(structure: Structure, n_modes: int | Sequence[int]) -> list[int]:
