@@ -11,7 +11,7 @@ least, where c_i is small of nodes that few others touch: loose ends are no doma
 
 import numpy as np
 
-from .network import contact_weights, solve_modes
+from .network import count_touching, solve_modes
 
 # Of the network: Å, and modes of the whole molecule. Its springs are those of ANM, which
 # `_WORTH_A_CUT` was chosen with.
@@ -25,6 +25,10 @@ _MOST_CUTS = 8
 # Chains that are known to bend at hinges (GABA-B, antibodies, Hsp90) have 0.001 to 0.34, those of
 # one domain 0.46 and more.
 _WORTH_A_CUT = 0.4
+# Touching nodes that a loose end has at most, and how many more make it count wholly.
+_FEW_TOUCHING = 2
+_PACKED = 6
+_LEAST_WEIGHT = 0.02
 
 
 def cut_chains(coords: np.ndarray, chain: np.ndarray) -> np.ndarray:
@@ -54,7 +58,7 @@ def cut_chains(coords: np.ndarray, chain: np.ndarray) -> np.ndarray:
         varies = _distance_variance(
             coords[own], solution["vectors"][:, own], solution["eigenvalues"]
         )
-        edges = _best_cuts(_segment_costs(varies, contact_weights(coords[own])))
+        edges = _best_cuts(_segment_costs(varies, _contact_weights(coords[own])))
         domain[own] = np.searchsorted(edges, np.arange(len(own)), side="right")
     return domain
 
@@ -73,6 +77,11 @@ def _distance_variance(
         along = np.einsum("ik,ijk->ij", vector, direction)
         varies += (along + along.T) ** 2 / value
     return varies
+
+
+def _contact_weights(coords: np.ndarray) -> np.ndarray:
+    """(n,) from almost nothing for loose ends to 1 for what is packed."""
+    return np.clip((count_touching(coords) - _FEW_TOUCHING) / _PACKED, _LEAST_WEIGHT, 1.0)
 
 
 def _segment_costs(varies: np.ndarray, weights: np.ndarray) -> np.ndarray:

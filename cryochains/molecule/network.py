@@ -35,12 +35,14 @@ _UNIT_SPRING_DISTANCE = 6.0
 # Å: its cutoff for n nodes is 2.9 ln n − 2.9, and no shorter than 8.
 _EDENM_SLOPE = 2.9
 _SHORTEST_CUTOFF = 8.0
-# Å within which nodes touch that are no neighbours in the sequence.
+# Å within which nodes touch that are no neighbours in the sequence; how many touch a loose end at
+# most; and how many more make a node count wholly.
 _TOUCHING = 10.0
-# Touching nodes that a loose end has at most, and how many more make it count wholly.
 _LOOSE = 2
-_WHOLE = 6
-_LEAST_WEIGHT = 0.02
+_WHOLE = 3
+# Share of a whole node's mass that a loose end has: almost none, so that it follows what it is
+# bound to. With 0.02 two of 15 modes of Hsp90's chains are still those of its ends.
+_LEAST_MASS = 1e-4
 # Bodies of more nodes never need a dense (3n, 3n) matrix; sparse is faster from about there.
 _SPARSE_ABOVE = 500
 
@@ -115,18 +117,23 @@ def solve_modes(
     }
 
 
-def contact_weights(coords: np.ndarray, backbone: Backbone | None = None) -> np.ndarray:
-    """(n,) from almost nothing for loose ends to 1 for what is packed.
+def count_touching(coords: np.ndarray, backbone: Backbone | None = None) -> np.ndarray:
+    """(n,) how many nodes each has within 10 Å that are more than three apart in the sequence.
 
-    Nodes touch that are within 10 Å and more than three apart in the sequence, which without a
-    `backbone` is that of all nodes.
+    Without a `backbone`, the sequence is that of all nodes.
     """
     n = len(coords)
     if backbone is None:
         backbone = Backbone(np.ones(n - 1, dtype=bool), np.ones(n))
     pairs, _ = _contacts(coords, backbone, _TOUCHING)
-    touching = np.bincount(pairs.ravel(), minlength=n)
-    return np.clip((touching - _LOOSE) / _WHOLE, _LEAST_WEIGHT, 1.0)
+    return np.bincount(pairs.ravel(), minlength=n)
+
+
+def _masses(coords: np.ndarray, backbone: Backbone) -> np.ndarray:
+    """(n,) from almost nothing for loose ends to 1 for what is packed."""
+    touching = count_touching(coords, backbone)
+    masses = np.clip((touching - _LOOSE) / _WHOLE, _LEAST_MASS, 1.0)
+    return masses / masses.max()
 
 
 def _solve_at_cutoff(
@@ -148,7 +155,7 @@ def _solve_at_cutoff(
     if backbone is None:
         eigenvalues, vectors = _soft_modes(hessian, rigid, k)
     else:
-        masses = np.repeat(contact_weights(coords, backbone), 3)
+        masses = np.repeat(_masses(coords, backbone), 3)
         eigenvalues, vectors = _soft_modes_of_masses(hessian, rigid, k, masses)
     if eigenvalues[0] <= _LEAST_EIGENVALUE:
         return None
