@@ -23,7 +23,7 @@ from .structure import Structure
 
 # Part of the cache's keys: raise it when the numbers change.
 _CACHE_VERSION = 4
-SPRINGS = ("edenm", "anm")
+_SPRINGS = ("edenm", "anm")
 # Å, of ANM by default.
 _ANM_CUTOFF = 15.0
 
@@ -115,8 +115,8 @@ def compute_modes(
     Modes(A: 5, B: 5)
     """
     counts = _modes_per_body(structure, n_modes)
-    if springs not in SPRINGS:
-        raise ValueError(f"expected springs {' or '.join(SPRINGS)}, got {springs!r}; try 'edenm'")
+    if springs not in _SPRINGS:
+        raise ValueError(f"expected springs {' or '.join(_SPRINGS)}, got {springs!r}; try 'edenm'")
     if cutoff is not None and not cutoff > 0:
         raise ValueError(f"expected a cutoff above 0 Å, got {cutoff}; try 15")
     vectors = []

@@ -34,7 +34,7 @@ MOST_NAMED_CHAINS = 8
 _MOST_PARTS = 6
 # Å: residues of consecutive numbers that are farther apart are no neighbours. Bonds of two Cα are
 # 3.8 Å, but 9.5 Å in a structure that was bent along a straight line.
-_LONGEST_BOND = 10.0
+_FARTHEST_NEIGHBOUR = 10.0
 # The distance of two nucleotides' P, about 6.5 Å, over that of two Cα.
 _NUCLEOTIDE_SIZE = 1.7
 
@@ -120,7 +120,7 @@ class Structure:
         step = np.diff(self.atoms.getResnums()[rows])
         distance = np.linalg.norm(np.diff(self.node_coords, axis=0), axis=1)
         size = self.node_sizes
-        near = distance < _LONGEST_BOND * np.maximum(size[1:], size[:-1])
+        near = distance < _FARTHEST_NEIGHBOUR * np.maximum(size[1:], size[:-1])
         return (step >= 0) & (step <= 1) & (chids[1:] == chids[:-1]) & near
 
     @cached_property

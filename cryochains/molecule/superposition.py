@@ -151,6 +151,42 @@ def _with_bonds(a: Structure, b: Structure, nodes: np.ndarray, shares: np.ndarra
     return constrain_bonds(nodes, bonds, (1 - share) * lengths[0] + share * lengths[1])
 
 
+def with_reference_bonds(structure: Structure, coords: np.ndarray) -> np.ndarray:
+    """Conformations with the backbone's bonds as long as in the structure, moved least.
+
+    A linear mode stretches what it turns. Every atom of a residue shares the displacement of its
+    node.
+
+    Parameters
+    ----------
+    structure
+        The reference.
+    coords
+        (m, n_all, 3) Å, all atoms of the structure.
+
+    Returns
+    -------
+    numpy.ndarray
+        (m, n_all, 3) Å.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> closed = load_structure("glua3-closed")
+    >>> stretched = 1.1 * closed.atoms.getCoords()[None]
+    >>> whole = with_reference_bonds(closed, stretched)[0, closed.node_rows]
+    >>> round(float(np.median(np.linalg.norm(np.diff(whole, axis=0), axis=1))), 1)
+    3.8
+    """
+    bonds = np.flatnonzero(structure.bonded_to_next)
+    reference = structure.node_coords
+    lengths = np.linalg.norm(reference[bonds + 1] - reference[bonds], axis=1)
+    nodes = coords[:, structure.node_rows]
+    lengths = np.broadcast_to(lengths, (len(coords), len(bonds)))
+    moved = constrain_bonds(nodes, bonds, lengths) - nodes
+    return coords + moved[:, structure.atom_node]
+
+
 def constrain_bonds(coords: np.ndarray, bonds: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(m, n, 3) `coords` moved least such that bonds have the given lengths.
 
