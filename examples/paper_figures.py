@@ -1,14 +1,15 @@
 """Figures 2 to 4 of the paper, drawn from the table and the runs that reproduce_paper.py wrote."""
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper_protocol import MODELS, MOLECULES
-from reproduce_paper import KEY, read_table
+from paper_protocol import DEFAULT_SPRINGS, MODELS, MOLECULES, load_molecule
+from reproduce_paper import KEY, SPRINGS_KEY, read_table, run_name
 
 from cryochains._files import atomic_path
 from cryochains.analysis import CHAIN_COLORS
@@ -41,8 +42,8 @@ def load_run(row: dict) -> dict[str, np.ndarray]:
 
     RMSD of every particle, error of every residue, principal components.
     """
-    stem = "-".join(str(row[k]) for k in KEY)
-    with np.load(Path(row["folder"]) / "runs" / f"{stem}.npz", allow_pickle=False) as arrays:
+    path = Path(row["folder"]) / "runs" / f"{run_name(row)}.npz"
+    with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
@@ -101,6 +102,16 @@ def one_seed(rows: Sequence[dict]) -> list[dict]:
     return chosen
 
 
+def same_springs(rows: Sequence[dict]) -> list[dict]:
+    """Those of the springs, of simulation and model, that most rows have."""
+
+    def springs(row: dict) -> tuple:
+        return tuple(row[name] for name in SPRINGS_KEY)
+
+    most = Counter(map(springs, rows)).most_common(1)
+    return [row for row in rows if springs(row) == most[0][0]]
+
+
 def caption(rows: Sequence[dict]) -> str:
     """Where the numbers come from, in a line."""
 
@@ -112,6 +123,7 @@ def caption(rows: Sequence[dict]) -> str:
     return (
         f"synthetic images, {span('scale')} scale: {span('box_size')} px, population from "
         f"{span('n_train')} particles, {span('n_test')} held out, seed {span('seed')}; "
+        f"springs {span('simulated_springs')}, in the models {span('model_springs')}; "
         f"{span('device')}; {span('date')}; no CTF"
     )
 
@@ -121,10 +133,11 @@ def plot_figure2(rows: Sequence[dict], engine: str = "map") -> Figure:
 
     Bars: mean over held-out particles, with quartiles. Black marks: the information limit of that
     model with what its modes cannot express. Dotted: the mean conformation. What was not run is
-    left out.
+    left out; so are rows of other springs than most have.
     """
     shown = {"figure": 2, "engine": engine, "reference": "reference"}
-    rows = one_seed([row for row in rows if all(row[k] == v for k, v in shown.items())])
+    rows = [row for row in rows if all(row[k] == v for k, v in shown.items())]
+    rows = one_seed(same_springs(rows))
     names = [name for name in MOLECULES if any(row["molecule"] == name for row in rows)]
     figure, axes = plots.new_figure(1, len(names), 1.2 + 4.4 * len(names), 4.2)
     for axis, name in zip(axes[0], names, strict=True):
@@ -271,10 +284,13 @@ def plot_figure4(
     return figure
 
 
-def find_structure(name: str) -> Structure | None:
-    """The reference of a molecule, or None where its files are not at hand."""
+def find_structure(name: str, springs: str = DEFAULT_SPRINGS) -> Structure | None:
+    """The reference of a molecule, or None where its files are not at hand.
+
+    `springs` are those of the simulation, which a state that has to be built is bent by.
+    """
     try:
-        return MOLECULES[name]().reference
+        return load_molecule(name, springs).reference
     except FileNotFoundError:
         return None
 
@@ -297,13 +313,15 @@ def draw_figures(rows: Sequence[dict]) -> dict[str, Figure]:
         if row["figure"] == 3 and row["engine"] == "map":
             figures[f"figure3_{row['molecule']}"] = plot_figure3(row)
     shown = {"figure": 2, "snr_db": 0, "engine": "map", "reference": "reference", "box_size": 64}
-    fourth = [row for row in rows if all(row[k] == v for k, v in shown.items())]
+    fourth = same_springs([row for row in rows if all(row[k] == v for k, v in shown.items())])
     for name in MOLECULES:
         pair = []
         for model in ("CryoChains", "N100"):
             pair += [row for row in fourth if (row["molecule"], row["model"]) == (name, model)]
         if len(pair) == 2:
-            figures[f"figure4_{name}"] = plot_figure4(pair, find_structure(name))
+            figures[f"figure4_{name}"] = plot_figure4(
+                pair, find_structure(name, pair[0]["simulated_springs"])
+            )
     return figures
 
 

@@ -2,7 +2,9 @@
 
 What the paper leaves open is decided here: d is drawn for every mode of every chain; a chain turns
 about x, then y, then z, each by an angle uniform in ± the paper's; conformations that leave the box
-are drawn anew; images have neither CTF nor shifts.
+are drawn anew; images have neither CTF nor shifts. The paper's springs are "anm", in the simulation
+and in the models; by default both have those of the library, and every row says which. An open
+state of Hsp90 that has to be built is built with the springs of the simulation.
 """
 
 import os
@@ -26,6 +28,7 @@ D_STD = 0.25
 # Of the box, by the molecule.
 FILLED_SHARE = 0.7
 MORPH_FRAMES = 50
+DEFAULT_SPRINGS = "edenm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,27 +69,30 @@ def load_gabab() -> Molecule:
     return _molecule("gabab", "GABA-B", truth, reference, 5.0, note)
 
 
-def load_hsp90() -> Molecule:
+def load_hsp90(springs: str = DEFAULT_SPRINGS) -> Molecule:
+    """Where 2CGE is not at hand, its place is taken by an open state built with these springs."""
     closed = _closed_hsp90()
     try:
         closed, opened = cc.match_structures(closed, cc.load_structure("2CGE", chains="AB"))
         note = "Hsp90: truth PDB 2CG9, reference 2CGE"
     except FileNotFoundError:
-        opened = open_hsp90(closed)
+        opened = open_hsp90(closed, springs)
         note = (
             "Hsp90: truth PDB 2CG9; 2CGE was not at hand, "
-            "the reference is an open state built from 2CG9"
+            f"the reference is an open state built from 2CG9 with the springs {springs}"
         )
     return _molecule("hsp90", "Hsp90", closed, opened, 2.5, note)
 
 
-def open_hsp90(closed: Structure) -> Structure:
+def open_hsp90(closed: Structure, springs: str) -> Structure:
     """An open state in place of 2CGE.
 
     Both chains are bent by 1.5 Å along their two softest modes, and chain B is turned by +19° about
-    the y axis through Cα 677 of chain A, where the two chains hold each other.
+    the y axis through Cα 677 of chain A, where the two chains hold each other. With the springs
+    "anm" the bend is mostly of loose ends, whose bonds it stretches to 9.5 Å, and which modes of
+    other springs hardly express.
     """
-    modes = cc.compute_modes(closed, n_modes=2)
+    modes = cc.compute_modes(closed, n_modes=2, springs=springs)
     moved = closed.atoms.getCoords().copy()
     # In opposite senses: the others bring two residues of A and B nearer than 3.5 Å.
     for chain, sense in enumerate((1, -1)):
@@ -125,8 +131,13 @@ def _molecule(
 MOLECULES = {"glua3": load_glua3, "gabab": load_gabab, "hsp90": load_hsp90}
 
 
+def load_molecule(name: str, springs: str = DEFAULT_SPRINGS) -> Molecule:
+    """A molecule by its name; `springs` are those that a state which has to be built is bent by."""
+    return load_hsp90(springs) if name == "hsp90" else MOLECULES[name]()
+
+
 def figure2_motion(
-    molecule: Molecule, n: int, seed: int, cutoff: float = np.inf
+    molecule: Molecule, n: int, seed: int, cutoff: float = np.inf, springs: str = DEFAULT_SPRINGS
 ) -> tuple[Dynamics, torch.Tensor]:
     """The motions of Figure 2: dynamics of the true structure and (n, p) latents.
 
@@ -134,7 +145,7 @@ def figure2_motion(
     which a loose end of Hsp90 leaves in one of a thousand.
     """
     rng = np.random.default_rng(seed)
-    modes = cc.compute_modes(molecule.truth, N_MODES_TRUE)
+    modes = cc.compute_modes(molecule.truth, N_MODES_TRUE, springs=springs)
     dynamics = Dynamics(molecule.truth, modes, translation=False)
     latents = _draw_figure2_latents(molecule, dynamics, n, rng)
     outside = _farthest_atoms(molecule, dynamics, latents) > cutoff
@@ -186,12 +197,16 @@ def simulate(
     seed: int,
     device: str | torch.device | None = None,
     progress: bool = True,
+    springs: str = DEFAULT_SPRINGS,
 ) -> cc.ParticleStack:
-    """Particles of figure 2 (modes, turns about the truth) or 3 (a morph, reference to truth)."""
+    """Particles of figure 2 (modes, turns about the truth) or 3 (a morph, reference to truth).
+
+    `springs` are those of the modes in figure 2.
+    """
     size = pixel_size(molecule, box_size)
     motion: dict[str, Any]
     if figure == 2:
-        dynamics, latents = figure2_motion(molecule, n, seed, cutoff=size * box_size / 2)
+        dynamics, latents = figure2_motion(molecule, n, seed, size * box_size / 2, springs)
         motion = {"dynamics": dynamics, "latents": latents}
     else:
         motion = {"conformations": cc.morph(molecule.reference, molecule.truth, MORPH_FRAMES)}
@@ -224,11 +239,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, reference: Structure, particles: cc.ParticleStack) -> cc.Model:
-    """One of the paper's five models around a reference."""
+def build(
+    name: str, reference: Structure, particles: cc.ParticleStack, springs: str = DEFAULT_SPRINGS
+) -> cc.Model:
+    """One of the paper's five models around a reference, with modes of these springs."""
     structure = reference.as_one_body() if name == "N100" else reference
     sigma = gaussian_width(particles.pixel_size)
-    return cc.Model(structure, particles, sigma=sigma, **MODELS[name])
+    settings = dict(MODELS[name])
+    n_modes = settings.pop("modes", 0)
+    modes = cc.compute_modes(structure, n_modes, springs=springs) if n_modes else None
+    return cc.Model(structure, particles, modes=modes, sigma=sigma, **settings)
 
 
 @torch.no_grad()

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from paper_protocol import (
+    DEFAULT_SPRINGS,
     MODELS,
     MOLECULES,
     Molecule,
     build,
     choose,
     expected_path_coordinate,
+    load_molecule,
     simulate,
 )
 
@@ -31,7 +33,8 @@ from cryochains._files import atomic_path
 from cryochains.analysis import KIND_GROUPS, PrincipalMotions
 from cryochains.inference import correlation, rmsd, true_latents
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
+SPRINGS_KEY = ("simulated_springs", "model_springs")
 KEY = (
     "figure",
     "molecule",
@@ -42,7 +45,10 @@ KEY = (
     "box_size",
     "snr_db",
     "seed",
+    *SPRINGS_KEY,
 )
+# What tables of version 1 lack, and the springs that all their rows had.
+FIRST_SPRINGS = dict.fromkeys(SPRINGS_KEY, "anm")
 SETTINGS = (
     "pixel_size",
     "n_train",
@@ -137,6 +143,8 @@ def run(
         "box_size": args.box_size or scale.box_size,
         "snr_db": snr_db,
         "seed": args.seed,
+        "simulated_springs": args.simulated_springs,
+        "model_springs": args.model_springs,
     }
     label = " ".join(str(value) for value in key.values())
     table = args.out / "table.csv"
@@ -145,10 +153,10 @@ def run(
         return None
     print(label, flush=True)
     began = time.perf_counter()
-    molecule = MOLECULES[name]()
+    molecule = load_molecule(name, args.simulated_springs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_population = args.n_population or scale.n_population
-    stem = "-".join(str(value) for value in key.values())
+    stem = run_name(key)
     checkpoint = args.out / "work" / f"{stem}.safetensors"
     sizes = particle_numbers(scale, engine, n_population)
     stacks = simulate_stacks(molecule, key, sizes, device)
@@ -182,6 +190,14 @@ def run(
     return row
 
 
+def run_name(row: dict) -> str:
+    """Name of the files of a row's run; rows of the paper's springs have it without them."""
+    key = {name: row[name] for name in KEY}
+    if all(key[name] == springs for name, springs in FIRST_SPRINGS.items()):
+        key = {name: value for name, value in key.items() if name not in FIRST_SPRINGS}
+    return "-".join(str(value) for value in key.values())
+
+
 def particle_numbers(scale: Scale, engine: str, n_population: int) -> dict[str, int]:
     """How many particles to simulate of each part."""
     if engine == "map":
@@ -201,14 +217,21 @@ def simulate_stacks(
         # Seeds far apart: training and test particles share neither poses nor noise.
         seed = 1000 * key["seed"] + number
         stacks[part] = simulate(
-            molecule, key["figure"], n, key["box_size"], key["snr_db"], seed, device=device
+            molecule,
+            key["figure"],
+            n,
+            key["box_size"],
+            key["snr_db"],
+            seed,
+            device=device,
+            springs=key["simulated_springs"],
         )
     return stacks
 
 
 def starting_model(molecule: Molecule, key: dict, particles: cc.ParticleStack) -> cc.Model:
     start = molecule.truth if key["reference"] == "truth" else molecule.reference
-    return build(key["model"], start, particles)
+    return build(key["model"], start, particles, key["model_springs"])
 
 
 def refine_stacks(
@@ -226,7 +249,8 @@ def refine_stacks(
     if key["reference"] == "corrected":
         first = checkpoint.with_stem(f"{checkpoint.stem}-first")
         learned = cc.refine(model, train, checkpoint=first, **settings)
-        model = build(key["model"], cc.inference.correct_reference(learned, device=device), test)
+        corrected = cc.inference.correct_reference(learned, device=device)
+        model = build(key["model"], corrected, test, key["model_springs"])
         first.unlink(missing_ok=True)
     learned = cc.refine(model, train, checkpoint=checkpoint, **settings)
     return learned, cc.refine(model, test, learned.population, device=device)
@@ -345,7 +369,7 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a results table; none when there is no file.
+    """Rows of a results table; none when there is no file. Tables of version 1 are read as 2.
 
     Raises
     ------
@@ -357,8 +381,12 @@ def read_table(path: Path) -> list[dict]:
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
         rows = list(reader)
-    versions = {row.get("table_version") for row in rows} or {str(TABLE_VERSION)}
-    if tuple(reader.fieldnames or ()) != COLUMNS or versions != {str(TABLE_VERSION)}:
+    columns = tuple(reader.fieldnames or ())
+    versions = {row.get("table_version") for row in rows}
+    first = tuple(name for name in COLUMNS if name not in FIRST_SPRINGS)
+    if columns == first and versions <= {"1"}:
+        return [row | FIRST_SPRINGS | {"table_version": str(TABLE_VERSION)} for row in rows]
+    if columns != COLUMNS or not versions <= {str(TABLE_VERSION)}:
         raise ValueError(
             f"expected a results table of version {TABLE_VERSION}, got another one at {path}; "
             "try another --out"
@@ -408,6 +436,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what is fitted: the other state, as in the paper, the true one, or (MAP only) the "
         "other with what the training particles of a first refinement say of its shape",
     )
+    springs = {"choices": ("edenm", "anm"), "default": DEFAULT_SPRINGS}
+    add("--simulated-springs", **springs, help="of the simulation's modes; the paper's are anm")
+    add("--model-springs", **springs, help="of the model's modes")
     add("--box-size", type=int, help="pixels a side, if not the scale's")
     add("--n-population", type=int, help="particles that teach the population, if not the scale's")
     add("--seed", type=int, default=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cryochains.inference import refinement
+from cryochains.molecule import compute_modes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -92,7 +93,7 @@ def test_expected_path_coordinate_is_what_the_images_allow(molecule):
 
 
 def test_paper_molecules_are_the_paper_s(structures_dir):
-    gabab, hsp90 = protocol.load_gabab(), protocol.load_hsp90()
+    gabab, hsp90 = protocol.load_gabab(), protocol.load_hsp90(springs="anm")
     assert gabab.truth.n_nodes == 657 + 666
 
     def apart(molecule):
@@ -104,6 +105,10 @@ def test_paper_molecules_are_the_paper_s(structures_dir):
     chain = hsp90.reference.chain_index
     coords_a, coords_b = (hsp90.reference.coords[chain == number] for number in (0, 1))
     assert np.linalg.norm(coords_a[:, None] - coords_b, axis=-1).min() > 3.5
+    other = protocol.load_molecule("hsp90", "edenm")
+    assert apart(other) == pytest.approx(11.1, abs=0.3)
+    coords_a, coords_b = (other.reference.coords[chain == number] for number in (0, 1))
+    assert np.linalg.norm(coords_a[:, None] - coords_b, axis=-1).min() > 3.5
 
 
 # The script
@@ -111,6 +116,18 @@ def test_paper_molecules_are_the_paper_s(structures_dir):
 
 def arguments(tmp_path, *more):
     return ["--box-size", "24", "--n-population", "12", "--out", str(tmp_path), *more]
+
+
+@pytest.mark.parametrize("springs", ["edenm", "anm"])
+def test_simulation_and_model_have_the_springs_that_were_asked_for(molecule, springs):
+    def modes(structure, n_modes):
+        return compute_modes(structure, n_modes, springs=springs).vectors[0]
+
+    dynamics, _ = protocol.figure2_motion(molecule, 2, seed=0, springs=springs)
+    np.testing.assert_array_equal(dynamics.modes.vectors[0], modes(molecule.truth, 15))
+    particles = protocol.simulate(molecule, 2, 2, 32, 0.0, 0, progress=False, springs=springs)
+    model = protocol.build("CryoChains", molecule.reference, particles, springs)
+    np.testing.assert_array_equal(model.modes.vectors[0], modes(molecule.reference, 50))
 
 
 @pytest.fixture
@@ -166,6 +183,41 @@ def test_a_corrected_reference_is_a_row_of_its_own(tiny, tmp_path, monkeypatch):
         start(monkeypatch, *words, "encoder", "--reference", "corrected")
 
 
+def test_springs_are_part_of_a_row(tiny, tmp_path, monkeypatch):
+    words = arguments(tmp_path, "--model", "cRT", "--engine", "map")
+    start(monkeypatch, *words)
+    start(monkeypatch, *words, "--simulated-springs", "anm", "--model-springs", "anm")
+    first, second = paper_figures.load_rows(tmp_path)
+    assert (first["simulated_springs"], first["model_springs"]) == ("edenm", "edenm")
+    assert (second["simulated_springs"], second["model_springs"]) == ("anm", "anm")
+    assert first["mean_conformation_rmsd"] != second["mean_conformation_rmsd"]
+    runs = [paper_figures.load_run(row) for row in (first, second)]
+    assert not np.array_equal(runs[0]["rmsd"], runs[1]["rmsd"])
+    assert paper_figures.same_springs([first, second, second]) == [second, second]
+
+
+def test_tables_without_springs_are_those_of_the_paper_s(tiny, tmp_path, monkeypatch):
+    words = arguments(tmp_path, "--model", "cRT", "--engine", "map")
+    paper_s = ["--simulated-springs", "anm", "--model-springs", "anm"]
+    start(monkeypatch, *words, *paper_s)
+    table = tmp_path / "table.csv"
+    rows = reproduce.read_table(table)
+    # As version 1 wrote it.
+    columns = [name for name in reproduce.COLUMNS if name not in reproduce.SPRINGS_KEY]
+    values = [rows[0][name] for name in columns[1:]]
+    table.write_text(f"{','.join(columns)}\n1,{','.join(map(quoted, values))}\n")
+    assert reproduce.read_table(table) == rows
+    assert len(paper_figures.load_run(paper_figures.load_rows(tmp_path)[0])["rmsd"]) == 6
+    start(monkeypatch, *words, *paper_s)
+    assert len(reproduce.read_table(table)) == 1, "it is not run again"
+    start(monkeypatch, *words)
+    assert len(reproduce.read_table(table)) == 2
+
+
+def quoted(text):
+    return f'"{text}"' if "," in text else text
+
+
 def test_a_run_that_was_cut_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     words = ["--model", "cRT", "--engine", "map"]
     start(monkeypatch, *arguments(tmp_path / "whole", *words))
@@ -205,7 +257,7 @@ def test_unknown_names_list_the_choices(tmp_path, monkeypatch, words, expected):
 
 def test_a_table_of_another_version_is_refused(tmp_path, tiny, monkeypatch):
     (tmp_path / "table.csv").write_text("table_version,model\n0,cRT\n")
-    with pytest.raises(ValueError, match="results table of version 1, got another one"):
+    with pytest.raises(ValueError, match="results table of version 2, got another one"):
         start(monkeypatch, *arguments(tmp_path, "--model", "cRT", "--engine", "map"))
     assert (tmp_path / "table.csv").read_text() == "table_version,model\n0,cRT\n"
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from .._files import atomic_path
 from ..model import Model
-from ..molecule import Structure, chain_names, quiet_prody, write_structure
+from ..molecule import (
+    Structure,
+    chain_names,
+    quiet_prody,
+    with_reference_bonds,
+    write_structure,
+)
 from .colors import CHAIN_COLORS
 
 # What PDB text holds: one letter or digit a chain, five digits of a serial number.
@@ -24,6 +30,8 @@ _CHIMERAX_NAME_CHARACTERS = str.maketrans({'"': "'", "\n": " ", "\r": " ", "\t":
 @torch.no_grad()
 def decode_ensemble(model: Model, latents: Tensor) -> prody.Ensemble:
     """ProDy ensemble of every atom at (m, p) `latents`; side chains and ligands move along.
+
+    Bonds of the backbone are as long as in the reference: see `molecule.with_reference_bonds`.
 
     Raises
     ------
@@ -51,7 +59,8 @@ def decode_ensemble(model: Model, latents: Tensor) -> prody.Ensemble:
     ensemble = prody.Ensemble(model.structure.name)
     ensemble.setAtoms(dynamics.structure.atoms)
     ensemble.setCoords(dynamics.structure.coords)
-    ensemble.addCoordset(dynamics.decode(latents).double().cpu().numpy())
+    coords = dynamics.decode(latents).double().cpu().numpy()
+    ensemble.addCoordset(with_reference_bonds(dynamics.structure, coords))
     return ensemble
 
 

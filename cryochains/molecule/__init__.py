@@ -24,7 +24,7 @@ from .screws import Screw, change_sentence, describe_change, screw_motion
 from .sources import quiet_prody
 from .storage import pack_modes, pack_structure, unpack_modes, unpack_structure
 from .structure import BONDED_DISTANCE, Structure, load_structure
-from .superposition import morph, rigid_fit, superpose
+from .superposition import morph, rigid_fit, superpose, with_reference_bonds
 from .writing import chain_names, write_structure
 
 __all__ = [
@@ -54,5 +54,6 @@ __all__ = [
     "superpose",
     "unpack_modes",
     "unpack_structure",
+    "with_reference_bonds",
     "write_structure",
 ]

@@ -10,11 +10,11 @@ least, where c_i is small of nodes that few others touch: loose ends are no doma
 """
 
 import numpy as np
-from scipy.spatial import cKDTree
 
-from .network import solve_modes
+from .network import count_touching, solve_modes
 
-# Of the network: Å, and modes of the whole molecule.
+# Of the network: Å, and modes of the whole molecule. Its springs are those of ANM, which
+# `_WORTH_A_CUT` was chosen with.
 _CUTOFF = 15.0
 _N_MODES = 20
 # Residues in a domain, at least.
@@ -25,12 +25,9 @@ _MOST_CUTS = 8
 # Chains that are known to bend at hinges (GABA-B, antibodies, Hsp90) have 0.001 to 0.34, those of
 # one domain 0.46 and more.
 _WORTH_A_CUT = 0.4
-# Å within which nodes touch that are more than so many residues apart.
-_TOUCHING = 10.0
-_SEQUENCE_APART = 3
 # Touching nodes that a loose end has at most, and how many more make it count wholly.
-_LOOSE = 2
-_WHOLE = 6
+_FEW_TOUCHING = 2
+_PACKED = 6
 _LEAST_WEIGHT = 0.02
 
 
@@ -84,10 +81,7 @@ def _distance_variance(
 
 def _contact_weights(coords: np.ndarray) -> np.ndarray:
     """(n,) from almost nothing for loose ends to 1 for what is packed."""
-    i, j = cKDTree(coords).query_pairs(_TOUCHING, output_type="ndarray").T
-    far = np.abs(i - j) > _SEQUENCE_APART
-    touching = np.bincount(np.concatenate([i[far], j[far]]), minlength=len(coords))
-    return np.clip((touching - _LOOSE) / _WHOLE, _LEAST_WEIGHT, 1.0)
+    return np.clip((count_touching(coords) - _FEW_TOUCHING) / _PACKED, _LEAST_WEIGHT, 1.0)
 
 
 def _segment_costs(varies: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -204,6 +204,9 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "find_chain": lambda g, f: molecule.find_chain(g.closed, g.modes, "B", 1),
     "match_structures": lambda g, f: molecule.match_structures(g.closed, g.opened),
     "morph": lambda g, f: molecule.morph(g.closed, g.opened, 3),
+    "with_reference_bonds": lambda g, f: molecule.with_reference_bonds(
+        g.closed, g.closed.atoms.getCoords()[None]
+    ),
     "pack_modes": lambda g, f: molecule.unpack_modes(*molecule.pack_modes(g.modes)),
     "pack_structure": lambda g, f: molecule.unpack_structure(*molecule.pack_structure(g.closed)),
     "rigid_fit": lambda g, f: molecule.rigid_fit(g.closed.coords, g.opened.coords),

@@ -6,8 +6,15 @@ import prody
 import pytest
 from scipy.spatial.transform import Rotation
 
-from cryochains.molecule import Modes, compute_modes, load_structure, network, quiet_prody
-from cryochains.molecule import modes as module
+from cryochains.molecule import (
+    Modes,
+    compute_modes,
+    load_structure,
+    network,
+    quiet_prody,
+    rigid_fit,
+)
+from cryochains.molecule import modes as modes_module
 from cryochains.molecule.sources import cache_folder
 
 
@@ -41,7 +48,7 @@ def points(coords):
 
 
 def test_eigenvalues_and_modes_are_those_of_prody(ubiquitin):
-    modes = compute_modes(ubiquitin, 20, cache=False)
+    modes = compute_modes(ubiquitin, 20, cache=False, springs="anm")
     anm = prody.ANM("ubiquitin")
     with quiet_prody():
         anm.buildHessian(ubiquitin.coords, cutoff=15.0)
@@ -51,10 +58,31 @@ def test_eigenvalues_and_modes_are_those_of_prody(ubiquitin):
     np.testing.assert_allclose(overlap, 1, atol=1e-8)
 
 
+def test_springs_by_sequence_are_those_of_prody(ubiquitin):
+    # A whole chain numbered from 1, where raw indices are the sequence.
+    n = ubiquitin.n_nodes
+    backbone = modes_module._backbone(ubiquitin, np.arange(n))
+    pairs, springs = network._edenm_springs(ubiquitin.coords, backbone, 9.0)
+    anm = prody.ANM("ubiquitin")
+    with quiet_prody():
+        gamma = prody.GammaED(ubiquitin.atoms.select("name CA"))
+        anm.buildHessian(ubiquitin.coords, cutoff=9.0, gamma=gamma)
+    ours = network._hessian(ubiquitin.coords, pairs, springs).toarray()
+    # ProDy leaves out neighbours that are beyond the cutoff.
+    far = np.linalg.norm(ubiquitin.coords[:, None] - ubiquitin.coords, axis=-1) > 9.0
+    off_diagonal = ~np.repeat(np.repeat(far | np.eye(n, dtype=bool), 3, 0), 3, 1)
+    np.testing.assert_allclose(
+        ours[off_diagonal], anm.getHessian()[off_diagonal], rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("springs", ["edenm", "anm"])
 @pytest.mark.parametrize("sparse_above", [0, 10**6])
-def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_above, monkeypatch):
+def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(
+    closed, sparse_above, springs, monkeypatch
+):
     monkeypatch.setattr(network, "_SPARSE_ABOVE", sparse_above)
-    modes = compute_modes(closed, 50, cache=False)
+    modes = compute_modes(closed, 50, cache=False, springs=springs)
     assert modes.chain_ids == ("A", "B") and modes.n_modes == (50, 50)
     assert modes.structure_hash == closed.content_hash
     for c in range(2):
@@ -70,11 +98,12 @@ def test_modes_are_orthonormal_ordered_and_free_of_rigid_motion(closed, sparse_a
         )
 
 
-def test_sparse_and_dense_agree(closed, monkeypatch):
+@pytest.mark.parametrize("springs", ["edenm", "anm"])
+def test_sparse_and_dense_agree(closed, springs, monkeypatch):
     monkeypatch.setattr(network, "_SPARSE_ABOVE", 10**6)
-    dense = compute_modes(closed, (30, 10), cache=False)
+    dense = compute_modes(closed, (30, 10), cache=False, springs=springs)
     monkeypatch.setattr(network, "_SPARSE_ABOVE", 0)
-    sparse = compute_modes(closed, (30, 10), cache=False)
+    sparse = compute_modes(closed, (30, 10), cache=False, springs=springs)
     assert dense.n_modes == sparse.n_modes == (30, 10)
     for c in range(2):
         np.testing.assert_allclose(sparse.eigenvalues[c], dense.eigenvalues[c], rtol=1e-8)
@@ -100,18 +129,117 @@ def test_the_largest_component_of_a_mode_is_positive(closed):
         assert (flat[np.arange(10), np.abs(flat).argmax(1)] > 0).all()
 
 
-def test_modes_turn_with_the_molecule(ubiquitin):
+def collectivity(vectors):
+    """(k,) share of the nodes that a mode moves (Brüschweiler 1995)."""
+    squares = (vectors**2).sum(2)
+    shares = squares / squares.sum(1, keepdims=True)
+    return np.exp(-(shares * np.log(shares + 1e-30)).sum(1)) / vectors.shape[1]
+
+
+def test_loose_ends_are_not_the_softest_modes(closed, opened):
+    for structure in (closed, opened):
+        local = {}
+        for springs in ("edenm", "anm"):
+            modes = compute_modes(structure, 30, springs=springs)
+            local[springs] = sum((collectivity(v) < 0.1).sum() for v in modes.vectors)
+        assert local["edenm"] == 0 and local["anm"] >= 5
+
+
+def test_a_tail_in_solvent_is_not_the_softest_mode(ubiquitin):
+    turn = np.radians(100) * np.arange(9)
+    helix = np.stack([2.3 * np.cos(turn), 2.3 * np.sin(turn), 1.5 * np.arange(9)], 1)
+    # Away from the molecule.
+    away, _ = Rotation.align_vectors(ubiquitin.coords[-1] - ubiquitin.coords.mean(0), [0, 0, 1])
+    tail = ubiquitin.coords[-1] + away.apply(helix - helix[0])[1:]
+    longer = points(np.concatenate([ubiquitin.coords, tail]))
+    in_tail = {}
+    for springs in ("edenm", "anm"):
+        modes = compute_modes(longer, 5, springs=springs, cache=False, cutoff=15.0)
+        in_tail[springs] = (modes.vectors[0][:, -8:] ** 2).sum((1, 2))
+    assert in_tail["edenm"].max() < 0.75 and in_tail["anm"].max() > 0.9
+    assert in_tail["edenm"].sum() < 0.8 * in_tail["anm"].sum()
+
+
+def test_soft_modes_express_a_real_change_better(closed, opened):
+    """Squared overlap of 20 modes with the other state, the mean over chains and directions."""
+    overlaps = {"edenm": [], "anm": []}
+    for a, b in ((closed, opened), (opened, closed)):
+        for springs, values in overlaps.items():
+            modes = compute_modes(a, 20, springs=springs)
+            for c, vectors in enumerate(modes.vectors):
+                x, y = (s.node_coords[s.node_chain == c] for s in (a, b))
+                rotation, shift = rigid_fit(y, x)
+                change = y @ rotation.T + shift - x
+                explained = np.einsum("knx,nx->k", vectors, change) ** 2
+                values.append(explained.sum() / (change**2).sum())
+    assert np.mean(overlaps["edenm"]) > np.mean(overlaps["anm"]) > 0.2
+
+
+def sequence_pairs(structure):
+    """Pairs of nodes that springs by sequence join."""
+    backbone = modes_module._backbone(structure, np.arange(structure.n_nodes))
+    pairs, springs = network._edenm_springs(structure.node_coords, backbone, 8.0)
+    order = np.lexsort(pairs.T[::-1])
+    return [tuple(pair) for pair in pairs[order].tolist()], springs[order]
+
+
+def test_springs_by_sequence_need_true_neighbours(ubiquitin):
+    whole, springs = sequence_pairs(ubiquitin)
+    stiff = {pair for pair, spring in zip(whole, springs, strict=True) if spring == 60.0}
+    assert stiff == {(i, i + 1) for i in range(75)}
+    atoms = ubiquitin.atoms.copy()
+    # Another first number is the same sequence; a jump, or another chain, is a gap.
+    atoms.setResnums(atoms.getResnums() + 100)
+    moved, same = sequence_pairs(load_structure(atoms))
+    assert moved == whole
+    np.testing.assert_array_equal(same, springs)
+    atoms.setResnums(atoms.getResnums() + 5 * (atoms.getResnums() > 140))
+    gap = load_structure(atoms)
+    atoms.setResnums(atoms.getResnums() - 5 * (atoms.getResnums() > 140))
+    atoms.setChids(np.where(atoms.getResnums() > 140, "B", "A"))
+    for cut in (gap, load_structure(atoms).as_one_body()):
+        pairs, values = sequence_pairs(cut)
+        across = dict(zip(pairs, values, strict=True))
+        last = 39  # the node of residue 140
+        distance = np.linalg.norm(cut.node_coords[last] - cut.node_coords[last + 1])
+        assert across[last, last + 1] == pytest.approx((6.0 / distance) ** 6)
+        assert across[last - 1, last] == 60.0
+        assert compute_modes(cut, 3, cache=False).eigenvalues[0][0] > 1e-6
+
+
+def test_residues_with_insertion_codes_follow_each_other(ubiquitin):
+    atoms = ubiquitin.atoms.copy()
+    numbers = atoms.getResnums()
+    atoms.setIcodes(np.where(numbers == 41, "A", atoms.getIcodes()))
+    atoms.setResnums(np.where(numbers > 40, numbers - 1, numbers))
+    _, springs = sequence_pairs(load_structure(atoms))
+    np.testing.assert_array_equal(springs, sequence_pairs(ubiquitin)[1])
+
+
+def test_a_stretched_bond_is_still_a_bond(ubiquitin):
+    # As in a reference that was bent along a straight line; residues far apart are no neighbours.
+    coords = ubiquitin.atoms.getCoords()
+    beyond = (ubiquitin.atoms.getResnums() > 72)[:, None]
+    for distance, bonded in ((5.0, True), (30.0, False)):
+        stretched = ubiquitin.with_coords(coords + distance * beyond * [1.0, 0.0, 0.0])
+        pairs, springs = sequence_pairs(stretched)
+        assert (dict(zip(pairs, springs, strict=True)).get((71, 72)) == 60.0) == bonded
+
+
+@pytest.mark.parametrize("springs", ["edenm", "anm"])
+def test_modes_turn_with_the_molecule(ubiquitin, springs):
     rotation = Rotation.random(random_state=0).as_matrix()
     turned = ubiquitin.with_coords(ubiquitin.atoms.getCoords() @ rotation.T + 50.0)
-    a, b = compute_modes(ubiquitin, 10, cache=False), compute_modes(turned, 10, cache=False)
-    np.testing.assert_allclose(a.eigenvalues[0], b.eigenvalues[0], rtol=1e-9)
+    a, b = (compute_modes(x, 10, cache=False, springs=springs) for x in (ubiquitin, turned))
+    # Loose ends that weigh next to nothing cost some digits.
+    np.testing.assert_allclose(a.eigenvalues[0], b.eigenvalues[0], rtol=1e-7)
     overlap = np.einsum("knx,knx->k", a.vectors[0] @ rotation.T, b.vectors[0])
-    np.testing.assert_allclose(np.abs(overlap), 1, atol=1e-9)
+    np.testing.assert_allclose(np.abs(overlap), 1, atol=1e-7)
 
 
 def test_soft_modes_resist_as_their_eigenvalues_say(ubiquitin):
     # ½ Σ (d − d₀)² over the springs, moved by ε along a mode, is ½ λ ε².
-    modes = compute_modes(ubiquitin, 5, cache=False)
+    modes = compute_modes(ubiquitin, 5, cache=False, springs="anm")
     coords, epsilon = ubiquitin.coords, 1e-3
     i, j = np.triu_indices(len(coords), 1)
     rest = np.linalg.norm(coords[i] - coords[j], axis=1)
@@ -141,8 +269,15 @@ def test_imaging_atoms_change_nothing(closed):
 
 def test_nucleic_acid_has_modes(prody_files):
     structure = load_structure(prody_files / "pdb3mht.pdb", chains="CD")
-    modes = compute_modes(structure, 5, cutoff=20.0, cache=False)
-    assert modes.n_modes == (5, 5) and all(values[0] > 1e-6 for values in modes.eigenvalues)
+    for settings in ({"cutoff": 20.0, "springs": "anm"}, {}):
+        modes = compute_modes(structure, 5, cache=False, **settings)
+        assert modes.n_modes == (5, 5) and all(values[0] > 1e-6 for values in modes.eigenvalues)
+    # Both strands and the protein that holds them, in one body.
+    whole = load_structure(prody_files / "pdb3mht.pdb").as_one_body()
+    modes = compute_modes(whole, 5, cache=False)
+    names = whole.atoms.getNames()[whole.node_rows]
+    share = (modes.vectors[0] ** 2).sum(2)[:, names != "CA"].sum(1)
+    assert share.max() < 0.8, "the strands do not swing by themselves"
 
 
 def test_all_modes_there_are(prody_files):
@@ -168,6 +303,13 @@ def test_bad_numbers_of_modes(closed, n_modes):
         compute_modes(closed, n_modes)
 
 
+def test_unknown_springs(closed):
+    with pytest.raises(
+        ValueError, match="expected springs edenm or anm, got 'hinsen'; try 'edenm'"
+    ):
+        compute_modes(closed, 5, springs="hinsen")
+
+
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, np.nan])
 def test_bad_cutoffs(closed, cutoff):
     with pytest.raises(ValueError, match="cutoff above 0 Å"):
@@ -190,6 +332,8 @@ def test_a_network_in_pieces(ubiquitin):
     far = points(np.concatenate([ubiquitin.coords, ubiquitin.coords + 200.0]))
     with pytest.raises(ValueError, match="in pieces even at 25.0 Å"):
         compute_modes(far, 5)
+    with pytest.raises(ValueError, match="in pieces even at 25.0 Å"):
+        compute_modes(far, 5, springs="anm")
 
 
 def test_nodes_at_one_position(ubiquitin):
@@ -205,7 +349,7 @@ def test_too_few_nodes_for_any_mode(n):
 
 def test_the_cache_gives_what_was_computed(ubiquitin, monkeypatch):
     computed = compute_modes(ubiquitin, 5)
-    monkeypatch.setattr(module, "solve_modes", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(modes_module, "solve_modes", lambda *_: pytest.fail("computed again"))
     again = compute_modes(ubiquitin, 5)
     np.testing.assert_array_equal(again.vectors[0], computed.vectors[0])
     np.testing.assert_array_equal(again.eigenvalues[0], computed.eigenvalues[0])
@@ -219,10 +363,11 @@ def test_the_cache_knows_the_content(ubiquitin):
         (ubiquitin, 5, 12.0),
         (moved, 5, 15.0),
     ):
-        cached = compute_modes(structure, n_modes, cutoff)
-        fresh = compute_modes(structure, n_modes, cutoff, cache=False)
-        np.testing.assert_array_equal(cached.vectors[0], fresh.vectors[0])
-    assert len(list((cache_folder() / "modes").iterdir())) == 4
+        for springs in ("edenm", "anm"):
+            cached = compute_modes(structure, n_modes, cutoff, springs=springs)
+            fresh = compute_modes(structure, n_modes, cutoff, cache=False, springs=springs)
+            np.testing.assert_array_equal(cached.vectors[0], fresh.vectors[0])
+    assert len(list((cache_folder() / "modes").iterdir())) == 8
 
 
 def damaged_whole(path):
