@@ -200,7 +200,7 @@ def best_cut(coords: np.ndarray) -> int:
 
 def soft_bending(reference: Structure, rng: np.random.Generator) -> np.ndarray:
     """(n_atoms, 3) Å, `BENDING` (RMS) of every chain, by modes of another network."""
-    modes = cc.compute_modes(reference, 40, cutoff=10.0)
+    modes = cc.compute_modes(reference, 40, cutoff=10.0, springs="anm")
     moved = np.zeros_like(reference.coords)
     for chain, (vectors, values) in enumerate(zip(modes.vectors, modes.eigenvalues, strict=True)):
         weights = rng.standard_normal(len(values)) / np.sqrt(values)

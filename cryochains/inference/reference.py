@@ -180,18 +180,36 @@ def learn_beads(
     rows = shown[:: -(-len(shown) // _DENSITY_PARTICLES)]
     model = result.model.to(choose_device(device))
     latents = result.latents if latents is None else latents.cpu()
-    views = _views_of(result[rows], model, latents[rows], _DENSITY_BLUR)
     extra = _extra_beads(model.structure)
+    views = _views_of(result[rows], model, latents[rows], _DENSITY_BLUR)
     lacking = _lacking_density(model, views, extra)
-    if not _asks(model, views, lacking):
+    for_more, for_less = _asks(model, views, lacking)
+    if not for_more and not for_less:
         return None
+    if not torch.equal(latents, result.latents):
+        # A bending that all particles do share looks like it too, but is gone at their own latents.
+        own = _views_of(result[rows], model, result.latents[rows], _DENSITY_BLUR)
+        too_little, too_much = _departures(model, own, _lacking_density(model, own, extra))
+        if (too_little if for_more else too_much) <= _ASKING:
+            return None
     _, significance = lacking
     tried = np.flatnonzero(significance >= min(_MIN_SIGNIFICANCE, significance.max()))
     return _most_probable_beads(model, views, _rows_of(extra, tried), progress)
 
 
-def _asks(model: Model, views: list[_View], lacking: tuple[np.ndarray, np.ndarray]) -> bool:
-    """Whether the images show density that the model's beads lack, or lack some of theirs.
+def _asks(
+    model: Model, views: list[_View], lacking: tuple[np.ndarray, np.ndarray]
+) -> tuple[bool, bool]:
+    """Whether the images clearly show density that the model's beads lack, or have too much."""
+    too_little, too_much = _departures(model, views, lacking)
+    for_more = too_little > max(_ASKING, _LACKING_RATIO * too_much)
+    return for_more, too_much > max(_ASKING, _TOO_MUCH_RATIO * too_little)
+
+
+def _departures(
+    model: Model, views: list[_View], lacking: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float]:
+    """In residues, the most density at one point that the model's beads lack, and have too much.
 
     `lacking` is what the extra beads say (see `_lacking_density`). Atoms that are elsewhere than
     the model can move them to look like both, about as much.
@@ -199,11 +217,7 @@ def _asks(model: Model, views: list[_View], lacking: tuple[np.ndarray, np.ndarra
     looks = lacking, _lacking_density(model, views, _node_beads(model.structure))
     weight, significance = (np.concatenate(parts) for parts in zip(*looks, strict=True))
     clear = abs(significance) > _ASKING_SIGNIFICANCE
-    too_little = weight[clear].max(initial=0.0)
-    too_much = -weight[clear].min(initial=0.0)
-    if too_little > _ASKING and too_little > _LACKING_RATIO * too_much:
-        return True
-    return too_much > _ASKING and too_much > _TOO_MUCH_RATIO * too_little
+    return weight[clear].max(initial=0.0), -weight[clear].min(initial=0.0)
 
 
 def unbent(result: Result) -> Tensor:
@@ -442,7 +456,7 @@ def correct_reference(
     moved = own.with_beads(beads_of(shape, own.sigma))
     views = _views_of(chosen, moved, chosen.latents, _DENSITY_BLUR)
     lacking = _lacking_density(moved, views, _extra_beads(structure))
-    if not _asks(moved, views, lacking):
+    if not any(_asks(moved, views, lacking)):
         return shape
     return corrected(own.with_beads(population.beads))
 
