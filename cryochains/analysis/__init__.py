@@ -4,10 +4,12 @@ Modules, each importing only from those before it: `colors` (of chains, in all f
 `motions` (principal components of the latents, and the latents in units people read), `words` (a
 motion in sentences), `conformations` (latents as files of atoms), `densities` (latents as volumes),
 `points` (density, columns and error bars of particles that are drawn as points; selections as
-files), `residues` (density of each residue as the images show it), `maps` (conformations against a
-map that never saw the atoms), `halves` (two refinements that share no particle).
+files), `residues` (density of each residue as the images show it), `bodies` (how far chains bend),
+`maps` (conformations against a map that never saw the atoms), `halves` (two refinements that share
+no particle).
 """
 
+from .bodies import bending_table, suggest_bodies
 from .colors import CHAIN_COLORS
 from .conformations import decode_ensemble, fits_pdb_text, save_conformations
 from .densities import save_densities
@@ -35,6 +37,7 @@ __all__ = [
     "PrincipalMotions",
     "atom_uncertainty",
     "average_covariance",
+    "bending_table",
     "compare_ends",
     "compare_halves",
     "compare_with_map",
@@ -54,4 +57,5 @@ __all__ = [
     "save_densities",
     "save_selection",
     "split_noise",
+    "suggest_bodies",
 ]

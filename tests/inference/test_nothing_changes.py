@@ -386,6 +386,8 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         g.dynamics, g.latents[0], g.covariance
     ),
     "average_covariance": lambda g, f: analysis.average_covariance(g.result, 3),
+    "bending_table": lambda g, f: analysis.bending_table(g.result),
+    "suggest_bodies": lambda g, f: analysis.suggest_bodies(g.result),
     "component_errors": lambda g, f: analysis.component_errors(g.motions, g.covariance),
     "compute_pca": lambda g, f: analysis.compute_pca(g.result, chain="B", kind="rigid"),
     "decode_ensemble": lambda g, f: analysis.decode_ensemble(g.model, g.latents),
