@@ -44,6 +44,7 @@ from ..model import (
     Microscope,
     Model,
     Population,
+    count_directions,
     elastic_prior,
     require_population,
     require_same_images,
@@ -473,6 +474,7 @@ def _learned_population(model: Model, state: "_State", beads: Beads | None) -> P
         noise_spectrum=state.noise_spectrum.cpu(),
         junk_share=state.junk_share,
         beads=beads,
+        rank=state.rank,
     )
 
 
@@ -569,6 +571,8 @@ class _State:
     support : float
         Log evidence that an image shows the molecule at its pose, over that it shows something
         else of the same power: of the middle particle.
+    rank : int
+        Directions in which particles vary by more than chance.
     history : tuple of dict
     """
 
@@ -593,6 +597,7 @@ class _State:
     spectrum_level: float = 0.0
     junk_share: float = 0.02
     support: float = 0.0
+    rank: int = 0
     history: tuple[dict, ...] = ()
 
 
@@ -622,6 +627,7 @@ _STATE_NUMBERS = (
     "spectrum_level",
     "junk_share",
     "support",
+    "rank",
 )
 
 
@@ -720,6 +726,7 @@ def _one_pass(
         "noise_std": state.noise_level**0.5,
         "contrast": math.exp(state.scale_mean),
         "spread": float(state.covariance.diagonal().sum().sqrt()),
+        "rank": state.rank,
         "junk": float(1 - shown.mean()),
         "support": state.support,
         "correlation": correlation,
@@ -1130,7 +1137,8 @@ def _maximisation(
     covariance = shrink_covariance(scatter, n_shown, prior)
     narrower = (prior.limit / covariance.diagonal().sqrt()).clamp(max=1.0)
     covariance = narrower[:, None] * covariance * narrower
-    return replace(state, mean=mean, covariance=covariance)
+    rank = count_directions(scatter, n_shown, prior)
+    return replace(state, mean=mean, covariance=covariance, rank=rank)
 
 
 def _change(before: _State, after: _State) -> float:

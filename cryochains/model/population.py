@@ -31,7 +31,7 @@ _PRIOR_PARTICLES = 20
 PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
 _POPULATION_KIND = "population"
 _BEADS = "beads/"
-_NUMBERS = ("noise_std", "contrast", "contrast_spread", "noise_pixels", "junk_share")
+_NUMBERS = ("noise_std", "contrast", "contrast_spread", "noise_pixels", "junk_share", "rank")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,6 +63,9 @@ class Population:
     beads : Beads, optional
         What scatters, as the images say; None where they do not ask for other beads than the
         model's.
+    rank : int, optional
+        Directions of the latents in which particles vary by more than chance (see
+        `shrink_covariance`); None where the covariance was not learned.
     """
 
     mean: Tensor
@@ -75,6 +78,7 @@ class Population:
     noise_spectrum: Tensor | None = None
     junk_share: float = 0.02
     beads: Beads | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         p = len(self.mean)
@@ -130,6 +134,8 @@ class Population:
     def __repr__(self) -> str:
         spread = float(self.covariance.diagonal().sum().sqrt())
         size = f"{len(self.mean)} latents, spread {spread:.2f} Å"
+        if self.rank is not None:
+            size += f" in {self.rank} {'direction' if self.rank == 1 else 'directions'}"
         return f"Population({size}, noise {self.noise_std:.3g})"
 
 
@@ -307,15 +313,11 @@ def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
     that of the particles themselves: only its shape (soft modes move more, latents are independent)
     counts.
     """
-    p = len(scatter)
-    spread = _shrunk(scatter, n, prior).diagonal().sqrt()
+    spread, whitened, leading = _leading_directions(scatter, n, prior)
     outer = spread[:, None] * spread
-    whitened = scatter / n / outer
-    variances, directions = torch.linalg.eigh(whitened)
-    leading = directions[:, variances > (1 + np.sqrt(p / n)) ** 2]
     kept = leading @ (leading.T @ whitened @ leading) @ leading.T
     # Of a symmetric matrix the part that leading directions have nothing of.
-    beside = torch.eye(p).to(scatter) - leading @ leading.T
+    beside = torch.eye(len(scatter)).to(scatter) - leading @ leading.T
     rest = _shrunk(n * outer * (beside @ whitened @ beside), n, prior)
     covariance = outer * (kept + beside @ (rest / outer) @ beside)
     # As wide, kind by kind, as the particles are.
@@ -324,6 +326,22 @@ def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
         observed = scatter.diagonal()[of_kind].sum() / n
         factor[of_kind] = (observed / covariance.diagonal()[of_kind].sum()).sqrt()
     return factor[:, None] * covariance * factor
+
+
+def count_directions(scatter: Tensor, n: float, prior: ElasticPrior) -> int:
+    """How many directions `shrink_covariance` keeps as they are."""
+    return _leading_directions(scatter, n, prior)[2].shape[1]
+
+
+def _leading_directions(
+    scatter: Tensor, n: float, prior: ElasticPrior
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard deviations (p,), the covariance over them (p, p), and its directions (p, k)."""
+    p = len(scatter)
+    spread = _shrunk(scatter, n, prior).diagonal().sqrt()
+    whitened = scatter / n / (spread[:, None] * spread)
+    variances, directions = torch.linalg.eigh(whitened)
+    return spread, whitened, directions[:, variances > (1 + np.sqrt(p / n)) ** 2]
 
 
 def _shrunk(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:

@@ -14,6 +14,7 @@ from cryochains.model import (
     Dynamics,
     Model,
     Population,
+    count_directions,
     elastic_prior,
     elastic_variance,
     load_population,
@@ -170,6 +171,20 @@ def test_shrinking_leaves_prior_and_scatter_alone(dynamics, prior):
     before = scatter.clone(), prior.variance.clone()
     shrink_covariance(scatter, 10, prior)
     assert torch.equal(scatter, before[0]) and torch.equal(prior.variance, before[1])
+
+
+@pytest.mark.parametrize("n_motions", [0, 1, 3])
+def test_directions_that_are_more_than_chance_are_counted(dynamics, prior, n_motions):
+    n, p = 2000, dynamics.n_latents
+    rng = np.random.default_rng(4)
+    motions = np.linalg.qr(rng.normal(size=(p, p)))[0][:n_motions]
+    latents = 0.1 * rng.normal(size=(n, p)) + 2 * rng.normal(size=(n, n_motions)) @ motions
+    assert count_directions(torch.from_numpy(latents.T @ latents), n, prior) == n_motions
+
+
+def test_repr_says_in_how_many_directions_particles_vary(dynamics):
+    population = Population(torch.zeros(2), torch.eye(2), 1.0, 1.0, {}, rank=1)
+    assert "spread 1.41 Å in 1 direction," in repr(population)
 
 
 def test_repr_is_short(dynamics, prior):
