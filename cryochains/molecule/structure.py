@@ -324,7 +324,7 @@ class Structure:
         >>> halves = {"upper": "chain A and resnum 1 to 120", "lower": "chain A and resnum > 120"}
         >>> structure = load_structure("glua3-closed", bodies=halves).with_turning("upper")
         >>> structure.turning, structure.joints
-        (('upper',), ((107, 108),))
+        (('upper',), ((118, 119),))
         """
         absent = [name for name in bodies if name not in self.chain_ids]
         if absent:

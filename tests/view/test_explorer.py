@@ -15,7 +15,7 @@ import torch
 from cryochains.analysis import atom_uncertainty, component_errors, latent_table
 from cryochains.inference import Result, posterior_covariance, refine
 from cryochains.model import Model, Population, simulate_particles
-from cryochains.molecule import compute_modes, morph
+from cryochains.molecule import compute_modes, morph, with_reference_bonds
 from cryochains.view import explore
 from cryochains.view import notebook as notebook_module
 
@@ -271,7 +271,8 @@ def test_files_of_the_motion(shown, tmp_path):
     buttons = {
         part.description: part for part in descendants(shown) if isinstance(part, ipywidgets.Button)
     }
-    expected = shown.all_atoms.decode(shown.motions.traverse(2, 21)).numpy()
+    decoded = shown.all_atoms.decode(shown.motions.traverse(2, 21)).numpy()
+    expected = with_reference_bonds(shown.motions.model.structure, decoded)
     for name, kind in (("DCD", "dcd"), ("movie", "gif"), ("ChimeraX", "cxc"), ("PDB", "pdb")):
         buttons[name].click()
         (path,) = tmp_path.glob(f"pc3-chain-B-α-and-Rt-frame-of-the-molecule.{kind}")
