@@ -98,6 +98,10 @@ class Population:
                 "expected positive contrast, contrast_spread and noise_pixels, and a junk_share "
                 f"between 0 and 1, got {positive} and {self.junk_share:g}; try the defaults"
             )
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0):
+            raise ValueError(
+                f"expected a rank of 0 or more, got {self.rank!r}; try None where it is not known"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all; no coordinates but of learned beads."""

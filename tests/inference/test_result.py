@@ -509,7 +509,7 @@ def test_files_of_another_kind(result, tmp_path):
 # Results may be without them.
 OPTIONAL_TENSORS = {"std", *COLUMNS, "population/noise_spectrum"}
 # And populations of an earlier version are without these.
-OPTIONAL_NUMBERS = {"contrast_spread", "noise_pixels", "junk_share"}
+OPTIONAL_NUMBERS = {"contrast_spread", "noise_pixels", "junk_share", "rank"}
 
 
 def test_each_tensor_that_is_missing(whole, tmp_path):

@@ -185,6 +185,8 @@ def test_directions_that_are_more_than_chance_are_counted(dynamics, prior, n_mot
 def test_repr_says_in_how_many_directions_particles_vary(dynamics):
     population = Population(torch.zeros(2), torch.eye(2), 1.0, 1.0, {}, rank=1)
     assert "spread 1.41 Å in 1 direction," in repr(population)
+    with pytest.raises(ValueError, match="expected a rank of 0 or more, got 'two'"):
+        Population(torch.zeros(2), torch.eye(2), 1.0, 1.0, {}, rank="two")
 
 
 def test_repr_is_short(dynamics, prior):
