@@ -14,7 +14,8 @@ equations, which needs no image:
 
 where a particle counts r_i in a mean (e.g. Bishop, PRML, section 9.4), with b as one more latent; Σ
 is shrunk towards the elastic network's own prior (variance of α_k ∝ 1/λ_k), which decides when
-particles are few. What an image has of its own is in `image_model`.
+particles are few; in the end, what of it follows the viewing direction is damped (`gate`). What an
+image has of its own is in `image_model`.
 
 A pass is three steps, each a function from one `_State` to the next: `_linearise` (reads the
 images), `_learn` (EM) and `_propose` (the next latents).
@@ -54,6 +55,7 @@ from ..model import (
 from ..molecule import Beads
 from . import image_model
 from .check import require_sound
+from .gate import damp_following, view_features
 from .identity import require_latents, require_same_ids
 from .image_model import MODEL_ERROR, FirstLook
 from .likelihood import (
@@ -972,6 +974,10 @@ def _learn(
         math.exp(state.scale_mean),
     )
     first = state.responsibility
+    # Before, conformations are not known: damped early, a leading motion would keep its first
+    # direction.
+    settled = len(state.history) >= len(run.blurs) - 1
+    features = view_features(run.particles.rotations.to(first)) if learns and settled else None
     for number in range(n_steps if learns else _OWN_STEPS):
         before = state
         state = _learn_noise(state, linear, trace, learns)
@@ -981,7 +987,7 @@ def _learn(
         shown = difference[r > 0.5] if (r > 0.5).any() else difference
         state = replace(state, responsibility=r, support=float(shown.median()))
         if learns:
-            state = _maximisation(constants.prior, state, means, covariance_sum)
+            state = _maximisation(constants.prior, state, means, covariance_sum, features)
             scale_mean, scale_spread = image_model.learn_scales(
                 state.log_scale,
                 scale_variance,
@@ -1123,17 +1129,23 @@ def _next_blur(run: _Run, state: _State, linear: _Linearisation) -> _State:
 
 
 def _maximisation(
-    prior: ElasticPrior, state: _State, means: Tensor, covariance_sum: Tensor
+    prior: ElasticPrior,
+    state: _State,
+    means: Tensor,
+    covariance_sum: Tensor,
+    features: Tensor | None,
 ) -> _State:
     """Mean and covariance of all particles, within what the prior thinks possible.
 
-    Particles count as much as they show the molecule.
+    Particles count as much as they show the molecule; `features` are those of their views.
     """
     weights = state.responsibility.double().unsqueeze(1)
     n_shown = float(weights.sum().clamp_min(1e-9))
     mean = ((weights * means).sum(0) / n_shown).clamp(-prior.limit, prior.limit)
     off = means.double() - mean
     scatter = (weights * off).T @ off + covariance_sum
+    if features is not None:
+        scatter = damp_following(scatter, off, weights.squeeze(1), features)
     covariance = shrink_covariance(scatter, n_shown, prior)
     narrower = (prior.limit / covariance.diagonal().sqrt()).clamp(max=1.0)
     covariance = narrower[:, None] * covariance * narrower
