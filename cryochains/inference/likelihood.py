@@ -247,6 +247,47 @@ def normal_equations(
     return join_equations(parts)
 
 
+@torch.no_grad()
+def image_powers(
+    model: Model,
+    images: Tensor,
+    pose: tuple,
+    latents: Tensor,
+    *,
+    noise_spectrum: Tensor | None = None,
+    blur: float = 0.0,
+    variance: Tensor | None = None,
+) -> Tensor:
+    """(b, 3) float64 ‖y‖², ⟨y, f⟩ and ⟨f, f⟩ at `latents`, as of `normal_equations`.
+
+    No derivative is computed, which takes a small part of the time.
+    """
+    band = frequency_band(model.microscope, blur)
+
+    def compare(rows: slice) -> Tensor:
+        microscope, box = model.microscope, band.box_size
+        rotations = pose[0][rows]
+        shifts, ctf = (None if part is None else part[rows] for part in pose[1:])
+        weights = band.weights * _whitening(band, noise_spectrum, rows)
+        transfer = (model.box_size / box) * weights
+        if ctf is not None:
+            transfer = transfer * crop_spectrum(ctf, box)
+        coords = model.bead_dynamics.decode(latents[rows])
+        positions = microscope.image_positions(coords, rotations, shifts)
+        own = None if variance is None else variance[rows]
+        expected = real_parts(
+            microscope.spectrum(positions, transfer, blur=blur, variance=own, box_size=box)
+        ).double()
+        observed = crop_spectrum(torch.fft.rfft2(images[rows], norm="ortho"), box)
+        data = real_parts(observed * (weights * band.low_pass)).double()
+        products = (data.square(), data * expected, expected.square())
+        return torch.stack([product.sum(1) for product in products], dim=1)
+
+    n = len(latents)
+    blocks = [slice(start, min(start + 8, n)) for start in range(0, n, 8)]
+    return torch.cat(map_blocks(compare, blocks, latents.device))
+
+
 def join_equations(parts: Sequence[NormalEquations]) -> NormalEquations:
     """The equations of all particles, from those of blocks of them."""
     names = parts[0].known()

@@ -51,9 +51,11 @@ from ..model import (
     require_same_images,
     require_same_model,
     shrink_covariance,
+    with_less_rest,
 )
 from ..molecule import Beads
 from . import image_model
+from .averaging import ImageFit, average_along_line, is_wide
 from .check import require_sound
 from .gate import damp_following, view_features
 from .identity import require_latents, require_same_ids
@@ -83,6 +85,10 @@ _CONVERGED = 0.1
 _EM_STEPS = 10
 _LAST_EM_STEPS = 20
 _EM_TOLERANCE = 3e-3
+# The variance of directions that are not leading ones is halved at most so many times.
+_MOST_HALVINGS = 6
+# What is left of the variance of a direction that is not a leading one after all.
+_GIVEN_UP = 0.1
 # EM steps where the population is given: for what a particle has of its own.
 _OWN_STEPS = 3
 # Log brightness changes by no more in a step.
@@ -236,6 +242,7 @@ def refine(
                 state = _learn_once_more(run, state, rescued)
                 population = _learned_population(model, state, population.beads)
             history = history or state.history
+            state = _averaged(run, state, population)
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
     return Result(
@@ -561,6 +568,8 @@ class _State:
     variance : (n, n_beads) tensor
         Å², how uncertain each bead's position on the image is.
     mean, covariance : (p,) and (p, p) float64 tensors
+    wide_covariance : (p, p) float64 tensor
+        What EM goes on from: before directions were narrowed, since narrow ones hardly turn.
     noise_spectrum : (R,) float64 tensor
     scale_mean, scale_spread : float
         m and τ.
@@ -591,6 +600,7 @@ class _State:
     variance: Tensor
     mean: Tensor
     covariance: Tensor
+    wide_covariance: Tensor
     noise_spectrum: Tensor
     scale_mean: float
     scale_spread: float
@@ -617,6 +627,7 @@ _STATE_TENSORS = (
     "variance",
     "mean",
     "covariance",
+    "wide_covariance",
     "noise_spectrum",
 )
 # Of them, those that hold what is known of each particle in the end.
@@ -790,6 +801,7 @@ def _first_state(run: _Run, constants: _Constants) -> _State:
         variance=torch.zeros(n, len(model.beads), device=device),
         mean=mean,
         covariance=covariance,
+        wide_covariance=covariance,
         scale_mean=scale_mean,
         scale_spread=scale_spread,
         **shared,
@@ -974,6 +986,8 @@ def _learn(
         math.exp(state.scale_mean),
     )
     first = state.responsibility
+    if learns:
+        state = replace(state, covariance=state.wide_covariance)
     # Before, conformations are not known: damped early, a leading motion would keep its first
     # direction.
     settled = len(state.history) >= len(run.blurs) - 1
@@ -1003,7 +1017,41 @@ def _learn(
             )
         if number > 0 and _change(before, state) < _EM_TOLERANCE:
             break
+    if learns:
+        state = replace(state, wide_covariance=state.covariance)
+    if learns and n_steps == _LAST_EM_STEPS and state.rank:
+        state, means = _fewer_directions(state, linear, means)
     return replace(state, misfit=_misfit(state, linear)), means
+
+
+def _fewer_directions(
+    state: _State, linear: _Linearisation, means: Tensor
+) -> tuple[_State, Tensor]:
+    """Directions beside the leading ones narrowed, and leading ones given up, as images say.
+
+    EM hardly moves an amplitude of which images say little: it is halved as long as they are
+    likelier so. A direction is a leading one only where it makes them likelier by more than its
+    parameters do by chance: ½ p log n each (Schwarz 1978).
+    """
+
+    def look(covariance: Tensor) -> tuple[_State, Tensor, float]:
+        seen, answer, *_ = _expectation(replace(state, covariance=covariance), linear)
+        return seen, answer, float((seen.responsibility.double() * seen.evidence).sum())
+
+    seen, means, evidence = look(state.covariance)
+    for _ in range(_MOST_HALVINGS):
+        other, moved, likelier = look(with_less_rest(seen.covariance, state.rank, 0.5))
+        if likelier <= evidence + 1:
+            break
+        seen, means, evidence = other, moved, likelier
+    n, p = means.shape
+    chance = p / 2 * math.log(n)
+    for rank in range(state.rank - 1, 0, -1):
+        other, moved, likelier = look(with_less_rest(seen.covariance, rank, _GIVEN_UP))
+        if likelier <= evidence - chance:
+            break
+        seen, means, evidence = replace(other, rank=rank), moved, likelier
+    return seen, means
 
 
 def _learn_noise(state: _State, linear: _Linearisation, trace: Tensor, learns: bool) -> _State:
@@ -1315,12 +1363,45 @@ def _gatherings(state: _State, of: Tensor) -> Tensor:
 
 
 def _learn_once_more(run: _Run, state: _State, rescued: Tensor) -> _State:
-    """One more pass, in which the population learns of particles that were stuck before."""
+    """More passes, in which the population learns of particles that were stuck before."""
     powers = state.powers.clone()
     powers[rescued] = torch.inf
-    with tqdm(disable=True) as bar:
-        again = _one_pass(run, _constants(run.model), replace(state, powers=powers), bar.update)
-    return again
+    state = replace(state, powers=powers)
+    constants = _constants(run.model)
+    for _ in range(_MAX_EXTRA_PASSES):
+        with tqdm(disable=True) as bar:
+            state = _one_pass(run, constants, state, bar.update)
+        if state.history[-1]["step"] < _CONVERGED:
+            break
+    return state
+
+
+# Particles that are hardly known
+
+
+def _averaged(run: _Run, state: _State, population: Population) -> _State:
+    """Means and error bars of particles that are too uncertain for a linearised image."""
+    wide = is_wide(run.model, state.std).nonzero().squeeze(1)
+    if not len(wide):
+        return state
+    prior = _prior_of(state)
+    n_pixels = frequency_band(run.model.microscope).n_pixels
+    latents, std = state.proposal.clone(), state.std.clone()
+    for batch in run.particles[wide.cpu().numpy()].batches(run.batch_size, run.model.device):
+        rows = wide[batch.rows]
+        noise = _trusted_noise(state, state.powers[rows], rows, n_pixels)
+        fit = ImageFit(
+            batch.images,
+            batch.pose,
+            state.log_scale[rows],
+            noise,
+            state.noise_spectrum,
+            state.variance[rows],
+        )
+        latents[rows], std[rows] = average_along_line(
+            run.model, fit, state.proposal[rows], prior, n_pixels
+        )
+    return replace(state, proposal=latents, std=std)
 
 
 # Checkpoints
@@ -1371,6 +1452,11 @@ def _load_checkpoint(run: _Run, identity: str) -> _State | None:
     require_same_model(run.model, meta["fingerprint"], f"a checkpoint ({run.checkpoint})")
     if meta["identity"] != identity:
         raise ValueError(_another_run(run, run.checkpoint))
+    if missing := set(_STATE_TENSORS) - set(tensors):
+        raise ValueError(
+            f"expected a checkpoint of this version of cryochains at {run.checkpoint}, got an "
+            f"older one without {', '.join(sorted(missing))}; try another path, or that version"
+        )
     known: dict[str, Any] = {name: tensors[name].to(run.model.device) for name in _STATE_TENSORS}
     return _State(
         **known,

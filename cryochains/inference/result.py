@@ -26,6 +26,7 @@ from ..model import (
     require_same_images,
     unpack_model,
 )
+from .averaging import is_wide, with_error_bars
 from .frames import (
     MOLECULE,
     POSES,
@@ -600,7 +601,12 @@ def posterior_covariance(result: Result, rows, device: str | torch.device | None
             covariance = (information + prior).inverse()
             variance = position_variance(model.bead_dynamics, z, batch.pose[0], covariance)
         covariances.append(covariance)
-    return torch.cat(covariances)
+    covariance = torch.cat(covariances)
+    if result.std is not None:
+        std = result.std[chosen].to(device)
+        wide = is_wide(model, std)
+        covariance[wide] = with_error_bars(covariance[wide], std[wide])
+    return covariance
 
 
 def _noise_of(result: Result) -> Tensor:

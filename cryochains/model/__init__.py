@@ -32,6 +32,7 @@ from .population import (
     mode_limit,
     require_population,
     shrink_covariance,
+    with_less_rest,
 )
 from .rotations import matrix_to_rotvec, rotvec_to_matrix
 from .simulation import simulate_particles
@@ -68,4 +69,5 @@ __all__ = [
     "simulate_particles",
     "superposed",
     "unpack_model",
+    "with_less_rest",
 ]

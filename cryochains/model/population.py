@@ -337,6 +337,18 @@ def count_directions(scatter: Tensor, n: float, prior: ElasticPrior) -> int:
     return _leading_directions(scatter, n, prior)[2].shape[1]
 
 
+def with_less_rest(covariance: Tensor, rank: int, factor: float) -> Tensor:
+    """The covariance with all but its first `rank` directions times a factor.
+
+    Directions of the latents over their own standard deviations.
+    """
+    spread = covariance.diagonal().sqrt()
+    outer = spread[:, None] * spread
+    variances, directions = torch.linalg.eigh(covariance / outer)
+    variances[: len(variances) - rank] *= factor
+    return outer * (directions * variances @ directions.T)
+
+
 def _leading_directions(
     scatter: Tensor, n: float, prior: ElasticPrior
 ) -> tuple[Tensor, Tensor, Tensor]:

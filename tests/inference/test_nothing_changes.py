@@ -292,6 +292,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "shrink_covariance": lambda g, f: models.shrink_covariance(
         g.population.covariance, 5, models.elastic_prior(g.dynamics)
     ),
+    "with_less_rest": lambda g, f: models.with_less_rest(g.population.covariance, 1, 0.5),
     "simulate_particles": lambda g, f: [
         models.simulate_particles(
             g.closed, 3, conformations=g.conformations, box_size=32, progress=False

@@ -21,6 +21,7 @@ from cryochains.model import (
     mode_limit,
     require_population,
     shrink_covariance,
+    with_less_rest,
 )
 from cryochains.model.population import MAX_BOND_STRETCH, START_SPREAD
 from cryochains.molecule import compute_modes, load_structure, residue_beads
@@ -180,6 +181,17 @@ def test_directions_that_are_more_than_chance_are_counted(dynamics, prior, n_mot
     motions = np.linalg.qr(rng.normal(size=(p, p)))[0][:n_motions]
     latents = 0.1 * rng.normal(size=(n, p)) + 2 * rng.normal(size=(n, n_motions)) @ motions
     assert count_directions(torch.from_numpy(latents.T @ latents), n, prior) == n_motions
+
+
+def test_less_of_the_rest_keeps_the_leading_directions(dynamics, prior):
+    """Directions over the latents' own standard deviations; the others keep their shape."""
+    covariance = shrink_covariance(draw(dynamics, 200)[0], 200, prior)
+    outer = covariance.diagonal().sqrt()[:, None] * covariance.diagonal().sqrt()
+    before = torch.linalg.eigvalsh(covariance / outer)
+    after = torch.linalg.eigvalsh(with_less_rest(covariance, 2, 0.5) / outer)
+    expected = torch.cat([0.5 * before[:-2], before[-2:]]).sort().values
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(with_less_rest(covariance, 2, 1.0), covariance)
 
 
 def test_repr_says_in_how_many_directions_particles_vary(dynamics):

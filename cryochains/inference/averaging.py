@@ -1,0 +1,140 @@
+"""Posterior means and spreads of particles whose posterior is wider than a linearised image holds.
+
+Where images say little, the likelihood along a particle's least certain direction is no Gaussian:
+skewed, or with two tops, of which the refinement has climbed one. With u that direction (the first
+eigenvector of the posterior covariance C, of variance s²), the posterior is taken as exact along u
+and as Gaussian across:
+
+    p_k ∝ exp(−½ ‖y − a f(z + t_k u)‖²/σ² − ½ (z + t_k u − μ)ᵀ Σ⁻¹ (z + t_k u − μ))
+    mean = z + Σ p_k t_k u,  covariance = C + (Σ p_k (t_k − t̄)² − s²) u uᵀ
+
+on evenly spaced t_k, which for smooth functions is as exact as any rule (Trefethen and Weideman
+2014, SIAM Review 56, 385).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model import Model
+from .likelihood import image_powers, normal_equations, position_variance
+from .posterior import LatentPrior, solve_particles
+
+# RMS Å of a particle's atoms, of the width of an atom: less uncertain ones are as linearised.
+_WIDE = 0.25
+# Standard deviations to either side, of the prior along the line and at most of the posterior, and
+# points: spaced by 1.25 of them or less.
+_PRIOR_EXTENT = 4.0
+_POSTERIOR_EXTENT = 5.0
+_POINTS = 9
+# Of the variance along the line so much is left in any case.
+_LEAST_LEFT = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFit:
+    """What the likelihood of b images needs beside latents.
+
+    Attributes
+    ----------
+    images : (b, box, box) tensor
+    pose : (rotations, shifts, ctf)
+    log_scale : (b,) tensor
+    noise : (b,) float64 tensor
+        Variance.
+    spectrum : (R,) tensor
+    variance : (b, n_beads) tensor
+        Å², how uncertain each bead's position on the image is.
+    """
+
+    images: Tensor
+    pose: tuple
+    log_scale: Tensor
+    noise: Tensor
+    spectrum: Tensor
+    variance: Tensor
+
+
+def is_wide(model: Model, std: Tensor) -> Tensor:
+    """(n,) mask of particles whose conformation is too uncertain to be linearised."""
+    share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
+    of_latent = torch.from_numpy(share[model.dynamics.latent_chain]).to(std)
+    uncertainty = (std.square() * of_latent).sum(1).sqrt()
+    return uncertainty > _WIDE * model.microscope.mean_width
+
+
+def with_error_bars(covariance: Tensor, std: Tensor) -> Tensor:
+    """(b, p, p) covariances of linearised images, as wide along u as error bars (b, p) say."""
+    line, variance = _least_certain(covariance)
+    squares = line.square()
+    off = std.to(covariance).square() - covariance.diagonal(dim1=1, dim2=2)
+    more = (off * squares).sum(1) / squares.square().sum(1)
+    more = more.maximum(_LEAST_LEFT * variance - variance)
+    return covariance + more[:, None, None] * line[:, :, None] * line[:, None, :]
+
+
+def _least_certain(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """u (b, p) and s² (b,)."""
+    variances, directions = torch.linalg.eigh(covariance)
+    return directions[:, :, -1], variances[:, -1]
+
+
+def average_along_line(
+    model: Model, fit: ImageFit, latents: Tensor, prior: LatentPrior, n_pixels: float
+) -> tuple[Tensor, Tensor]:
+    """Posterior means and standard deviations (b, p) about the most likely `latents` (b, p)."""
+    p = latents.shape[1]
+    equations = normal_equations(
+        model,
+        fit.images,
+        fit.pose,
+        latents,
+        noise_spectrum=fit.spectrum,
+        variance=fit.variance,
+    )
+    posterior = solve_particles(
+        equations,
+        latents,
+        fit.log_scale,
+        fit.noise,
+        torch.zeros_like(fit.log_scale),
+        prior,
+        n_pixels,
+    )
+    covariance = posterior.covariance[:, :p, :p]
+    line, variance = _least_certain(covariance)
+    # Atoms are as wide as they are uncertain across the line.
+    across = covariance - variance[:, None, None] * line[:, :, None] * line[:, None, :]
+    wide = position_variance(model.bead_dynamics, latents, fit.pose[0], across.to(latents))
+    extent = _POSTERIOR_EXTENT * variance.sqrt()
+    # Along the line the prior is a Gaussian too.
+    precision = ((line @ prior.precision) * line).sum(1)
+    middle = ((line @ prior.precision) * (prior.mean - latents.double())).sum(1) / precision
+    width = _PRIOR_EXTENT * precision.rsqrt()
+    first = torch.maximum((middle - width).clamp(max=0), -extent)
+    last = torch.minimum((middle + width).clamp(min=0), extent)
+    shares = torch.linspace(0, 1, _POINTS).to(variance)
+    steps = first[:, None] + (last - first)[:, None] * shares
+    scale = fit.log_scale.double().exp()
+    likelihoods = []
+    for step in steps.unbind(1):
+        z = latents.double() + step[:, None] * line
+        data, overlap, power = image_powers(
+            model,
+            fit.images,
+            fit.pose,
+            z.float(),
+            noise_spectrum=fit.spectrum,
+            variance=wide,
+        ).unbind(1)
+        residual = data - 2 * scale * overlap + scale.square() * power
+        off = z - prior.mean
+        likelihoods.append(-(residual / fit.noise + ((off @ prior.precision) * off).sum(1)) / 2)
+    weights = torch.softmax(torch.stack(likelihoods, dim=1), dim=1)
+    mean = (weights * steps).sum(1)
+    spread = (weights * (steps - mean[:, None]).square()).sum(1)
+    means = latents.double() + mean[:, None] * line
+    own = covariance.diagonal(dim1=1, dim2=2) + (spread - variance)[:, None] * line.square()
+    return means.to(latents), own.clamp_min(1e-12).sqrt().to(latents)
