@@ -64,6 +64,7 @@ from .likelihood import (
     NormalEquations,
     Sampler,
     frequency_band,
+    image_powers,
     join_equations,
     map_blocks,
     normal_equations,
@@ -110,6 +111,8 @@ _SECOND_BEST = 15.0
 # Where images ask for other beads they are learned so many times, and particles then refined anew
 # from at most these blurs (Å) on.
 _DENSITY_BLURS = (4.0, 0.0)
+# Twice the nats by which a particle is less likely than where it started before it goes back.
+_LESS_LIKELY = 0.2
 # Particles whose normal equations are solved at a time.
 _SOLVE_BLOCK = 64
 _CHECKPOINT_KIND = "refinement checkpoint"
@@ -242,7 +245,7 @@ def refine(
                 state = _learn_once_more(run, state, rescued)
                 population = _learned_population(model, state, population.beads)
             history = history or state.history
-            state = _averaged(run, state, population)
+            state = _averaged(run, _no_worse_than_start(run, state))
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
     return Result(
@@ -1376,10 +1379,50 @@ def _learn_once_more(run: _Run, state: _State, rescued: Tensor) -> _State:
     return state
 
 
+# Particles that end less likely than they started
+
+
+def _no_worse_than_start(run: _Run, state: _State) -> _State:
+    """Particles that are less likely than where they started go back; with no start, to the mean.
+
+    Objectives of different blurs cannot be compared while a particle moves, and a model that cannot
+    express its conformation may lose its way between them.
+    """
+    prior = _prior_of(state)
+    start = prior.mean.float().expand_as(state.proposal) if run.start is None else run.start
+    start = start.to(state.proposal)
+    n_pixels = frequency_band(run.model.microscope).n_pixels
+    latents, log_scale, misfit = (
+        getattr(state, name).clone() for name in ("proposal", "log_scale", "misfit")
+    )
+    for batch in run.particles.batches(run.batch_size, device=run.model.device):
+        rows = batch.rows
+        noise = _trusted_noise(state, state.powers[rows], rows, n_pixels)
+        residuals, objectives, scales = [], [], []
+        for z in (start[rows], state.proposal[rows]):
+            powers = image_powers(
+                run.model, batch.images, batch.pose, z, noise_spectrum=state.noise_spectrum
+            )
+            data, overlap, power = powers.unbind(1)
+            # At its own best brightness.
+            scale = overlap / power.clamp_min(1e-30)
+            off = z.double() - prior.mean
+            residual = (data - scale * overlap).clamp_min(1e-30)
+            residuals.append(residual)
+            scales.append(scale)
+            objectives.append(residual / noise + ((off @ prior.precision) * off).sum(1))
+        better = (scales[0] > 0) & (objectives[0] < objectives[1] - _LESS_LIKELY)
+        chosen = rows[better]
+        latents[chosen] = start[chosen]
+        log_scale[chosen] = scales[0][better].log().to(log_scale)
+        misfit[chosen] *= (residuals[0] / residuals[1])[better].to(misfit)
+    return replace(state, proposal=latents, log_scale=log_scale, misfit=misfit)
+
+
 # Particles that are hardly known
 
 
-def _averaged(run: _Run, state: _State, population: Population) -> _State:
+def _averaged(run: _Run, state: _State) -> _State:
     """Means and error bars of particles that are too uncertain for a linearised image."""
     wide = is_wide(run.model, state.std).nonzero().squeeze(1)
     if not len(wide):

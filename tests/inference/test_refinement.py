@@ -19,6 +19,7 @@ from cryochains.inference import (
     rmsd,
     score,
 )
+from cryochains.inference.likelihood import image_powers
 from cryochains.model import (
     Dynamics,
     Model,
@@ -186,6 +187,33 @@ def test_large_motion_is_not_lost(pair):
     after = rmsd(model.decode(result.latents).double(), truth.expand(24, -1, -1))
     assert float(before) > 5.0
     assert float(after.median()) < 1.8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modes": 10, "rotation": False, "translation": False},
+        {"modes": None, "translation": False},
+        {"modes": None},
+    ],
+    ids=["bends", "turns", "turns and shifts"],
+)
+def test_no_particle_ends_farther_from_its_image_than_it_started(pair, settings):
+    """Also of models that cannot express the change from their reference."""
+    closed, opened = pair
+    path = morph(closed, opened, 8)[4:]
+    particles = simulate_particles(
+        closed, 60, conformations=path, box_size=32, snr_db=20.0, seed=3, progress=False
+    )
+    result = refine(Model(closed, particles, **settings), particles, check=False, progress=False)
+    correlations = []
+    for latents in (torch.zeros_like(result.latents), result.latents):
+        for batch in particles.batches(60):
+            powers = image_powers(result.imaging_model, batch.images, batch.pose, latents)
+            correlations.append(powers[:, 1] / (powers[:, 0] * powers[:, 2]).sqrt())
+    start, end = correlations
+    assert (end > start - 1e-4).all()
+    assert end.mean() > start.mean() + 0.02
 
 
 def test_brightness_of_the_images_does_not_matter(closed, small, refined):
