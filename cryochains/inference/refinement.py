@@ -242,7 +242,7 @@ def refine(
                 state, rescued = _start_again(run, state, population)
                 if not learns or not rescued.any():
                     break
-                state = _learn_once_more(run, state, rescued)
+                state = _learn_once_more(run, state, rescued, progress)
                 population = _learned_population(model, state, population.beads)
             history = history or state.history
             state = _averaged(run, _no_worse_than_start(run, state))
@@ -1365,17 +1365,18 @@ def _gatherings(state: _State, of: Tensor) -> Tensor:
     return torch.from_numpy(centres).to(state.proposal)
 
 
-def _learn_once_more(run: _Run, state: _State, rescued: Tensor) -> _State:
-    """More passes, in which the population learns of particles that were stuck before."""
+def _learn_once_more(run: _Run, state: _State, rescued: Tensor, progress: bool) -> _State:
+    """A pass or two, in which the population learns of particles that were stuck before."""
     powers = state.powers.clone()
     powers[rescued] = torch.inf
     state = replace(state, powers=powers)
     constants = _constants(run.model)
-    for _ in range(_MAX_EXTRA_PASSES):
-        with tqdm(disable=True) as bar:
+    n = len(run.particles)
+    with tqdm(total=n, desc="rescued", unit="particle", disable=not progress, leave=False) as bar:
+        state = _one_pass(run, constants, state, bar.update)
+        if state.history[-1]["step"] > _CONVERGED:
+            bar.total += n
             state = _one_pass(run, constants, state, bar.update)
-        if state.history[-1]["step"] < _CONVERGED:
-            break
     return state
 
 
