@@ -16,6 +16,9 @@ from torch import Tensor
 from .image_model import tail_weight
 from .likelihood import NormalEquations
 
+# Of the largest information, what rounding in single precision may take from any direction.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class _Posterior:
@@ -105,7 +108,7 @@ def solve_particles(
     slope[:, :p] = inverse_noise[:, None] * equations.gradient(scale).double() - pull
     slope[:, p] = inverse_noise * (scale * overlap - scale.square() * power)
     slope[:, p] -= stiffness * prior.scale_spread * surprise
-    factor = torch.linalg.cholesky(total)
+    factor = _factor(total)
     covariance = torch.cholesky_inverse(factor)
     step = (covariance @ slope.unsqueeze(-1)).squeeze(-1)
     residual = data - 2 * scale * overlap + scale.square() * power
@@ -124,3 +127,19 @@ def solve_particles(
         total[:, :p, :p] += damping.double()[:, None, None] * torch.eye(p).to(total)
         step = torch.linalg.solve(total, slope)
     return _Posterior(step, covariance, (covariance * information).sum((1, 2)), evidence)
+
+
+def _factor(precision: Tensor) -> Tensor:
+    """(b, q, q) Cholesky factors, also where single precision made a matrix indefinite.
+
+    Of images that say much of most latents and next to nothing of one, with a wide prior.
+    """
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    ridge = _ROUNDING
+    while failed.any() and ridge < 1:
+        bad = failed > 0
+        largest = precision[bad].diagonal(dim1=1, dim2=2).amax(1)
+        more = ridge * largest[:, None, None] * torch.eye(precision.shape[1]).to(precision)
+        factor[bad], failed[bad] = torch.linalg.cholesky_ex(precision[bad] + more)
+        ridge *= 100
+    return factor
