@@ -64,8 +64,8 @@ class Population:
         What scatters, as the images say; None where they do not ask for other beads than the
         model's.
     rank : int, optional
-        Directions of the latents in which particles vary by more than chance (see
-        `shrink_covariance`); None where the covariance was not learned.
+        Directions of the latents in which particles vary by more than chance, as the images'
+        evidence says; None where the covariance was not learned.
     """
 
     mean: Tensor
