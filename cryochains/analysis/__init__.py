@@ -9,7 +9,7 @@ files), `residues` (density of each residue as the images show it), `bodies` (ho
 no particle).
 """
 
-from .bodies import bending_table, suggest_bodies
+from .bodies import bending_table
 from .colors import CHAIN_COLORS
 from .conformations import decode_ensemble, fits_pdb_text, save_conformations
 from .densities import save_densities
@@ -57,5 +57,4 @@ __all__ = [
     "save_densities",
     "save_selection",
     "split_noise",
-    "suggest_bodies",
 ]

@@ -3,14 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from ..inference import Result
-from ..molecule import rigid_fit
+from ..inference import Result, measure_bending
 
 # Particles that are looked at.
 _MOST_PARTICLES = 200
-# Bodies are suggested where a chain bends by so many Å, and they express so much of it.
-_LEAST_BENDING = 1.5
-_LEAST_SHARE = 0.6
 
 
 def bending_table(result: Result) -> pd.DataFrame:
@@ -19,7 +15,8 @@ def bending_table(result: Result) -> pd.DataFrame:
     Columns "chain"; "bending (Å)", RMS over its residues and particles after each conformation of
     the chain was superposed on the reference; "bodies", the domains that `Structure.as_domains`
     cuts it into with the residues of each; and "expressed (%)", the share of the squared bending
-    that turns and shifts of these domains make, 0 where there is no cut.
+    that turns and shifts of these domains make, 0 where there is no cut. Where bodies of their own
+    would say it, the result's verdict suggests them.
 
     Parameters
     ----------
@@ -41,68 +38,19 @@ def bending_table(result: Result) -> pd.DataFrame:
     >>> table["bending (Å)"].round(1).tolist(), table["bodies"].tolist()
     ([2.4, 0.0], ['A 2–380', 'B 2–380'])
     """
-    structure = result.model.structure
     rows = np.flatnonzero(result.shows_molecule)
     if not len(rows):
         raise ValueError(
             f"expected particles that show the molecule, got none in {result!r}; try other images"
         )
     rows = rows[:: -(-len(rows) // _MOST_PARTICLES)]
-    # Of atoms: those of a residue move as its node does.
-    atom_of_node = np.searchsorted(structure.rows, structure.node_rows)
-    moved = result.decode(rows).double().numpy()[:, atom_of_node]
-    domains = structure.as_domains()
-    resnums = structure.atoms.getResnums()[structure.node_rows]
-    table = []
-    for number, chain in enumerate(structure.chain_ids):
-        own = structure.node_chain == number
-        reference = structure.node_coords[own]
-        body = domains.node_chain[own]
-        parts = {domains.chain_ids[d]: body == d for d in np.unique(body)}
-        bending = left = 0.0
-        for coords in moved[:, own]:
-            bending += _squares_left(reference, coords)
-            left += sum(_squares_left(reference[p], coords[p]) for p in parts.values())
-        cut = len(parts) > 1 and bending > 0
-        of_residues = {name: resnums[own][p] for name, p in parts.items()}
-        names = [f"{name} {of.min()}–{of.max()}" for name, of in of_residues.items()]
-        table.append(
-            {
-                "chain": chain,
-                "bending (Å)": (bending / (len(rows) * own.sum())) ** 0.5,
-                "bodies": ", ".join(names),
-                "expressed (%)": 100 * (1 - left / bending) if cut else 0.0,
-            }
-        )
-    return pd.DataFrame(table)
-
-
-def suggest_bodies(result: Result) -> str:
-    """Which chains bend by much, and nearly as two or more rigid parts would turn and shift.
-
-    Empty where there is none. See `bending_table`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cryochains import Model, Result, load_structure
-    >>> model = Model(load_structure("glua3-closed"), modes=2, box_size=32, pixel_size=5.0)
-    >>> suggest_bodies(Result(model, torch.zeros(5, 16)))
-    ''
-    """
-    table = bending_table(result)
-    asks = (table["bending (Å)"] > _LEAST_BENDING) & (table["expressed (%)"] > 100 * _LEAST_SHARE)
-    sentences = [
-        f"chain {row['chain']} bends by {row['bending (Å)']:.1f} Å; {row['bodies']} as bodies of "
-        f"their own would express {row['expressed (%)']:.0f} % of that"
-        for _, row in table[asks].iterrows()
-    ]
-    if not sentences:
-        return ""
-    return f'{"; ".join(sentences)}: try load_structure(…, bodies="domains").'
-
-
-def _squares_left(reference: np.ndarray, coords: np.ndarray) -> float:
-    """Å², summed over nodes, after the best superposition."""
-    rotation, translation = rigid_fit(reference, coords)
-    return float(np.square(reference @ rotation.T + translation - coords).sum())
+    domains = result.model.structure.as_domains()
+    bodies = measure_bending(result.model, result.latents[rows], domains)
+    return pd.DataFrame(
+        {
+            "chain": [body.chain for body in bodies],
+            "bending (Å)": [body.size for body in bodies],
+            "bodies": [", ".join(body.domains) for body in bodies],
+            "expressed (%)": [100 * body.expressed for body in bodies],
+        }
+    )

@@ -11,12 +11,14 @@
 - `search`: where bodies that may turn by any angle are, before a refinement.
 - `check`: `check`, whether particles and reference belong together, before a refinement.
 - `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
+- `bending`: how far chains bend, and how much of it more bodies than chains would say.
 - `verdict`: what speaks against a refinement, without a truth.
 - `scores`: scores against a known truth, and the information limit.
 - `encoder`: the paper's network, image → latents, and `Encoder`, which `encode` uses.
 - `training`: `train_encoder`, by the images' mean squared error alone.
 """
 
+from .bending import measure_bending
 from .check import Check, CheckItem, check
 from .encoder import Encoder, EncoderNetwork, encode, load_encoder
 from .frames import PoseCorrection, frame_words
@@ -57,6 +59,7 @@ __all__ = [
     "information_limit",
     "load_encoder",
     "load_result",
+    "measure_bending",
     "measure_contrast",
     "normal_equations",
     "position_variance",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model import Dynamics, Model, Population, elastic_variance
 from ..molecule import Structure, compare_beads
+from .bending import measure_bending
 
 _GRADES = ("good", "doubtful", "not to be trusted")
 # For each number, from where on it is doubtful and from where on it is not to be trusted.
@@ -44,6 +45,11 @@ _STRETCH_GAP = 10
 _MOST_NAMED = 4
 # Log evidence of the middle particle for the molecule over something else; lower is worse.
 _SUPPORT_LIMITS = (5.0, 0.0)
+# Bodies are suggested where a chain bends by so many Å, and they express so much of it.
+_LEAST_BENDING = 1.5
+_LEAST_EXPRESSED = 0.6
+# Conformations in which it is measured how far chains bend.
+_MOST_BENT = 200
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Finding:
     sentence : str
         What was found.
     remedy : str
-        What to try; empty where it is good.
+        What to try; empty where there is nothing to be done.
     """
 
     name: str
@@ -174,6 +180,7 @@ def judge(
         ),
         *_color(population),
         *_density(model, population),
+        *_bending(model, latents),
     ]
     return Verdict(tuple(findings))
 
@@ -266,6 +273,31 @@ def _density(model: Model, population: Population) -> list[Finding]:
             "see density_table(result); complete the reference, or try correct_reference(result)",
         )
     ]
+
+
+def _bending(model: Model, latents: Tensor) -> list[Finding]:
+    """Chains that bend as bodies of their own would turn: no doubt, but more than modes may say."""
+    if model.dynamics.modes is None or not len(latents):
+        return []
+    latents = latents[:: -(-len(latents) // _MOST_BENT)]
+    bodies = measure_bending(model, latents, None)
+    most = max(bodies, key=lambda body: body.size)
+    sentence = f"chain {most.chain} bends by {most.size:.1f} Å"
+    remedies = []
+    if most.size > _LEAST_BENDING:
+        try:
+            domains = model.structure.as_domains()
+        except ValueError:
+            # A molecule in pieces has none.
+            return [Finding("bending", most.size, _GRADES[0], sentence)]
+        remedies = [
+            f"{_listed(list(body.domains))} as bodies of their own would express "
+            f"{100 * body.expressed:.0f} % of what chain {body.chain} bends by"
+            for body in measure_bending(model, latents, domains)
+            if body.size > _LEAST_BENDING and body.expressed > _LEAST_EXPRESSED
+        ]
+    remedy = f"{_listed(remedies)}: try load_structure(…, bodies='domains')" if remedies else ""
+    return [Finding("bending", most.size, _GRADES[0], sentence, remedy)]
 
 
 def _smoothed(values: np.ndarray, chain: np.ndarray) -> np.ndarray:

@@ -318,6 +318,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "frame_words": lambda g, f: inference.frame_words(g.result.frame),
     "require_finite_latents": lambda g, f: inference.require_finite_latents(g.latents),
     "load_result": lambda g, f: inference.load_result(g.saved / "result", g.particles),
+    "measure_bending": lambda g, f: inference.measure_bending(g.model, g.latents, None),
     "measure_contrast": lambda g, f: inference.measure_contrast(g.model, g.particles),
     "normal_equations": lambda g, f: [
         inference.normal_equations(
@@ -391,7 +392,6 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     ),
     "average_covariance": lambda g, f: analysis.average_covariance(g.result, 3),
     "bending_table": lambda g, f: analysis.bending_table(g.result),
-    "suggest_bodies": lambda g, f: analysis.suggest_bodies(g.result),
     "component_errors": lambda g, f: analysis.component_errors(g.motions, g.covariance),
     "compute_pca": lambda g, f: analysis.compute_pca(g.result, chain="B", kind="rigid"),
     "decode_ensemble": lambda g, f: analysis.decode_ensemble(g.model, g.latents),
