@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryochains.inference import refinement
+from cryochains.inference import passes
 from cryochains.molecule import compute_modes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,21 +221,21 @@ def quoted(text):
 def test_a_run_that_was_cut_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     words = ["--model", "cRT", "--engine", "map"]
     start(monkeypatch, *arguments(tmp_path / "whole", *words))
-    save = refinement._save_checkpoint
-    passes = []
+    save = passes.save_checkpoint
+    saved = []
 
     def cut(run, identity, state):
         save(run, identity, state)
-        passes.append(len(state.history))
-        if len(passes) == 2:
+        saved.append(len(state.history))
+        if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(refinement, "_save_checkpoint", cut)
+    monkeypatch.setattr(passes, "save_checkpoint", cut)
     with pytest.raises(KeyboardInterrupt):
         start(monkeypatch, *arguments(tmp_path / "cut", *words))
     assert not (tmp_path / "cut" / "table.csv").exists()
     start(monkeypatch, *arguments(tmp_path / "cut", *words))
-    assert passes[:3] == [1, 2, 3], "it went on where it was cut"
+    assert saved[:3] == [1, 2, 3], "it went on where it was cut"
     whole, resumed = (paper_figures.load_rows(tmp_path / name)[0] for name in ("whole", "cut"))
     for column in reproduce.COLUMNS[reproduce.COLUMNS.index("rmsd") :]:
         assert whole[column] == resumed[column], column

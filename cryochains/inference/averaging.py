@@ -12,15 +12,14 @@ on evenly spaced t_k, which for smooth functions is as exact as any rule (Trefet
 2014, SIAM Review 56, 385).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..model import Model
-from .likelihood import image_powers, normal_equations, position_variance
-from .posterior import LatentPrior, solve_particles
+from .likelihood import atom_share
+from .posterior import LatentPrior
 
 # RMS Å of a particle's atoms, of the width of an atom: less uncertain ones are as linearised.
 _WIDE = 0.25
@@ -33,41 +32,15 @@ _POINTS = 9
 _LEAST_LEFT = 0.01
 
 
-@dataclass(frozen=True, eq=False)
-class ImageFit:
-    """What the likelihood of b images needs beside latents.
-
-    Attributes
-    ----------
-    images : (b, box, box) tensor
-    pose : (rotations, shifts, ctf)
-    log_scale : (b,) tensor
-    noise : (b,) float64 tensor
-        Variance.
-    spectrum : (R,) tensor
-    variance : (b, n_beads) tensor
-        Å², how uncertain each bead's position on the image is.
-    """
-
-    images: Tensor
-    pose: tuple
-    log_scale: Tensor
-    noise: Tensor
-    spectrum: Tensor
-    variance: Tensor
-
-
 def is_wide(model: Model, std: Tensor) -> Tensor:
     """(n,) mask of particles whose conformation is too uncertain to be linearised."""
-    share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
-    of_latent = torch.from_numpy(share[model.dynamics.latent_chain]).to(std)
-    uncertainty = (std.square() * of_latent).sum(1).sqrt()
+    uncertainty = (std.square() * atom_share(model).to(std)).sum(1).sqrt()
     return uncertainty > _WIDE * model.microscope.mean_width
 
 
 def with_error_bars(covariance: Tensor, std: Tensor) -> Tensor:
     """(b, p, p) covariances of linearised images, as wide along u as error bars (b, p) say."""
-    line, variance = _least_certain(covariance)
+    line, variance = least_certain(covariance)
     squares = line.square()
     off = std.to(covariance).square() - covariance.diagonal(dim1=1, dim2=2)
     more = (off * squares).sum(1) / squares.square().sum(1)
@@ -75,39 +48,23 @@ def with_error_bars(covariance: Tensor, std: Tensor) -> Tensor:
     return covariance + more[:, None, None] * line[:, :, None] * line[:, None, :]
 
 
-def _least_certain(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """u (b, p) and s² (b,)."""
+def least_certain(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """u (b, p) and s² (b,) of covariances (b, p, p)."""
     variances, directions = torch.linalg.eigh(covariance)
     return directions[:, :, -1], variances[:, -1]
 
 
 def average_along_line(
-    model: Model, fit: ImageFit, latents: Tensor, prior: LatentPrior, n_pixels: float
+    latents: Tensor,
+    covariance: Tensor,
+    prior: LatentPrior,
+    residual_at: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Posterior means and standard deviations (b, p) about the most likely `latents` (b, p)."""
-    p = latents.shape[1]
-    equations = normal_equations(
-        model,
-        fit.images,
-        fit.pose,
-        latents,
-        noise_spectrum=fit.spectrum,
-        variance=fit.variance,
-    )
-    posterior = solve_particles(
-        equations,
-        latents,
-        fit.log_scale,
-        fit.noise,
-        torch.zeros_like(fit.log_scale),
-        prior,
-        n_pixels,
-    )
-    covariance = posterior.covariance[:, :p, :p]
-    line, variance = _least_certain(covariance)
-    # Atoms are as wide as they are uncertain across the line.
-    across = covariance - variance[:, None, None] * line[:, :, None] * line[:, None, :]
-    wide = position_variance(model.bead_dynamics, latents, fit.pose[0], across.to(latents))
+    """Posterior means and standard deviations (b, p) about the most likely `latents` (b, p).
+
+    From linearised covariances (b, p, p), and the images' ‖y − a f(z)‖²/σ² (b,) at any latents z.
+    """
+    line, variance = least_certain(covariance)
     extent = _POSTERIOR_EXTENT * variance.sqrt()
     # Along the line the prior is a Gaussian too.
     precision = ((line @ prior.precision) * line).sum(1)
@@ -117,22 +74,12 @@ def average_along_line(
     last = torch.minimum((middle + width).clamp(min=0), extent)
     shares = torch.linspace(0, 1, _POINTS).to(variance)
     steps = first[:, None] + (last - first)[:, None] * shares
-    scale = fit.log_scale.double().exp()
-    likelihoods = []
+    logs = []
     for step in steps.unbind(1):
         z = latents.double() + step[:, None] * line
-        data, overlap, power = image_powers(
-            model,
-            fit.images,
-            fit.pose,
-            z.float(),
-            noise_spectrum=fit.spectrum,
-            variance=wide,
-        ).unbind(1)
-        residual = data - 2 * scale * overlap + scale.square() * power
         off = z - prior.mean
-        likelihoods.append(-(residual / fit.noise + ((off @ prior.precision) * off).sum(1)) / 2)
-    weights = torch.softmax(torch.stack(likelihoods, dim=1), dim=1)
+        logs.append(-(residual_at(z.to(latents)) + ((off @ prior.precision) * off).sum(1)) / 2)
+    weights = torch.softmax(torch.stack(logs, dim=1), dim=1)
     mean = (weights * steps).sum(1)
     spread = (weights * (steps - mean[:, None]).square()).sum(1)
     means = latents.double() + mean[:, None] * line

@@ -25,7 +25,6 @@ from .model import Model, beads_of, require_same_images, require_same_model
 from .population import (
     ElasticPrior,
     Population,
-    count_directions,
     elastic_prior,
     elastic_variance,
     load_population,
@@ -52,7 +51,6 @@ __all__ = [
     "Truth",
     "beads_of",
     "can_change_frame",
-    "count_directions",
     "elastic_prior",
     "elastic_variance",
     "frame_jacobian",

@@ -306,7 +306,7 @@ def mode_limit(dynamics: Dynamics) -> Tensor:
     return limit
 
 
-def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
+def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> tuple[Tensor, int]:
     """(p, p) covariance from a `scatter` summed over `n` particles, shrunk towards the prior.
 
     Directions in which particles vary by more than chance makes of independent latents are kept as
@@ -315,7 +315,7 @@ def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
     posteriori with p prior degrees of freedom: shrunk together, a leading motion would widen all of
     them by a share p/(n + p) of its own variance. The prior's amplitude, one a kind of latent, is
     that of the particles themselves: only its shape (soft modes move more, latents are independent)
-    counts.
+    counts. The second answer is how many directions are kept.
     """
     spread, whitened, leading = _leading_directions(scatter, n, prior)
     outer = spread[:, None] * spread
@@ -329,12 +329,7 @@ def shrink_covariance(scatter: Tensor, n: float, prior: ElasticPrior) -> Tensor:
     for of_kind in prior.kinds:
         observed = scatter.diagonal()[of_kind].sum() / n
         factor[of_kind] = (observed / covariance.diagonal()[of_kind].sum()).sqrt()
-    return factor[:, None] * covariance * factor
-
-
-def count_directions(scatter: Tensor, n: float, prior: ElasticPrior) -> int:
-    """How many directions `shrink_covariance` keeps as they are."""
-    return _leading_directions(scatter, n, prior)[2].shape[1]
+    return factor[:, None] * covariance * factor, leading.shape[1]
 
 
 def with_less_rest(covariance: Tensor, rank: int, factor: float) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from cryochains.inference import refine, refinement, score
+from cryochains.inference import expectation, refine, score
 from cryochains.inference.gate import damp_following, view_features
 from cryochains.model import Model, simulate_particles
 from cryochains.molecule import load_structure
@@ -86,6 +86,6 @@ def test_chains_that_cannot_bend_end_nearer_to_the_truth(monkeypatch):
     )
     model = Model(closed, particles, modes=None)
     gated = score(refine(model, particles, **QUIET))
-    monkeypatch.setattr(refinement, "view_features", lambda rotations: None)
+    monkeypatch.setattr(expectation, "view_features", lambda rotations: None)
     free = score(refine(model, particles, **QUIET))
     assert gated.rmsd < 0.98 * free.rmsd

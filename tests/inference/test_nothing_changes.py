@@ -286,9 +286,6 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     ),
     "rotvec_to_matrix": lambda g, f: models.rotvec_to_matrix(g.latents[:, :3]),
     "matrix_to_rotvec": lambda g, f: models.matrix_to_rotvec(g.particles.rotations),
-    "count_directions": lambda g, f: models.count_directions(
-        g.population.covariance, 5, models.elastic_prior(g.dynamics)
-    ),
     "shrink_covariance": lambda g, f: models.shrink_covariance(
         g.population.covariance, 5, models.elastic_prior(g.dynamics)
     ),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
+import cryochains.inference.passes
 import cryochains.inference.refinement
 from cryochains.analysis import density_table
 from cryochains.images import ParticleStack
@@ -266,7 +267,7 @@ def test_a_run_that_was_cut_resumes_exactly(lacking, whole, tmp_path, monkeypatc
     particles = lacking.particles[:40]
     assert whole.population.beads is not None
     checkpoint = tmp_path / "run.safetensors"
-    original = cryochains.inference.refinement._one_pass
+    original = cryochains.inference.passes.one_pass
     passes = iter(range(n_passes))
 
     def cut(*arguments):
@@ -275,7 +276,7 @@ def test_a_run_that_was_cut_resumes_exactly(lacking, whole, tmp_path, monkeypatc
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cryochains.inference.refinement, "_one_pass", cut)
+        patch.setattr(cryochains.inference.passes, "one_pass", cut)
         refine(lacking.model, particles, checkpoint=checkpoint, **SHORT)
     learn = cryochains.inference.refinement.learn_beads
 
@@ -303,7 +304,7 @@ def blocks(lacking) -> Result:
 
 def refine_until(n_passes, *arguments, **settings) -> None:
     """A refinement that is cut off after so many passes."""
-    original = cryochains.inference.refinement._one_pass
+    original = cryochains.inference.passes.one_pass
     passes = iter(range(n_passes))
 
     def cut(*arguments):
@@ -312,7 +313,7 @@ def refine_until(n_passes, *arguments, **settings) -> None:
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cryochains.inference.refinement, "_one_pass", cut)
+        patch.setattr(cryochains.inference.passes, "one_pass", cut)
         refine(*arguments, **settings)
 
 

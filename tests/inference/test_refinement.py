@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import cryochains.inference.refinement
+import cryochains.inference.passes
 from cryochains.images import ParticleStack, load_particles
 from cryochains.inference import (
     Result,
@@ -346,6 +346,41 @@ def test_population_from_some_of_the_particles(closed, small):
     assert score(result).explained_motion > 0.5
 
 
+@pytest.mark.parametrize("seed", [3, 4])
+def test_particles_beyond_the_first_block_teach_the_population_too(closed, seed):
+    """In four blocks it is nearer to what all of them teach together than the first block is."""
+    dynamics = Dynamics(closed)
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dynamics.n_latents, dynamics.n_latents, generator=generator)
+    draws = torch.randn(320, dynamics.n_latents, generator=generator)
+    particles = simulate_particles(
+        closed,
+        320,
+        dynamics=dynamics,
+        latents=0.4 * draws @ mixing + 0.5,
+        box_size=32,
+        snr_db=-6.0,
+        seed=seed,
+        progress=False,
+    )
+    model = make_model(closed, particles, modes=None)
+    settings = {"blurs": BLURS, "check": False, "progress": False}
+    pooled = refine(model, particles, **settings).population
+    streamed = refine(model, particles, n_population=80, **settings)
+    first_block = np.sort(np.random.default_rng(0).permutation(320)[:80])
+    alone = refine(model, particles[first_block], **settings).population
+    for name in ("mean", "covariance"):
+        together = getattr(pooled, name)
+        off = [
+            float((getattr(population, name) - together).norm())
+            for population in (streamed.population, alone)
+        ]
+        assert off[0] < 0.6 * off[1], (name, off)
+    assert score(streamed).explained_motion > 0.5
+    # What is no matter of the molecule stays as the first block says.
+    assert streamed.population.noise_std == pytest.approx(pooled.noise_std, rel=0.01)
+
+
 def test_starts_where_it_is_told(closed, small, refined):
     model = make_model(closed, small)
     start = small.truth.latents[:10]
@@ -366,7 +401,7 @@ def test_starts_where_it_is_told(closed, small, refined):
 
 def cut_after(monkeypatch, n_looks: int):
     """Let `refine` linearise `n_looks` batches, then stop it as Ctrl-C would."""
-    original = cryochains.inference.refinement.normal_equations
+    original = cryochains.inference.passes.normal_equations
     looks = []
 
     def look(*args, **kwargs):
@@ -375,7 +410,7 @@ def cut_after(monkeypatch, n_looks: int):
         looks.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(cryochains.inference.refinement, "normal_equations", look)
+    monkeypatch.setattr(cryochains.inference.passes, "normal_equations", look)
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_population": 20}, {"population": True}])
@@ -398,7 +433,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
 
 def spoil_second_look(monkeypatch, n_spoiled: int):
     """Let the second pass find that the step of the first particles made them worse."""
-    original = cryochains.inference.refinement.normal_equations
+    original = cryochains.inference.passes.normal_equations
     looks = []
 
     def look(model, images, pose, latents, **settings):
@@ -408,7 +443,7 @@ def spoil_second_look(monkeypatch, n_spoiled: int):
         looks.append(latents.clone())
         return equations
 
-    monkeypatch.setattr(cryochains.inference.refinement, "normal_equations", look)
+    monkeypatch.setattr(cryochains.inference.passes, "normal_equations", look)
     return looks
 
 

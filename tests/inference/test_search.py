@@ -179,7 +179,7 @@ def test_a_second_start_mends_what_the_search_confused(turned, refined, monkeypa
         zeros = torch.zeros(len(particles))
         return Starts(starts.others[0], (starts.latents,), (zeros,), starts.score)
 
-    monkeypatch.setattr(cryochains.inference.refinement, "search_turns", confused)
+    monkeypatch.setattr(cryochains.inference.restarts, "search_turns", confused)
     result = refine(model, particles, refined.population, **QUIET)
     assert np.mean(degrees_off(model, result.latents, turns, ["head"]) < 10) >= 0.95
 
@@ -188,7 +188,7 @@ def test_a_start_that_is_given_is_not_searched(turned, refined, monkeypatch):
     def refuse(*args):
         raise AssertionError("searched")
 
-    monkeypatch.setattr(cryochains.inference.refinement, "search_turns", refuse)
+    monkeypatch.setattr(cryochains.inference.restarts, "search_turns", refuse)
     model, particles, turns = turned
     again = refine(model, particles, start=refined, blurs=0.0, **QUIET)
     assert np.mean(degrees_off(model, again.latents, turns, ["head"]) < 10) >= 0.95

@@ -14,7 +14,6 @@ from cryochains.model import (
     Dynamics,
     Model,
     Population,
-    count_directions,
     elastic_prior,
     elastic_variance,
     load_population,
@@ -93,7 +92,7 @@ def draw(dynamics, n, seed=0):
 def test_few_particles_give_the_elastic_shape_and_many_their_own(dynamics, prior):
     shape = elastic_variance(dynamics)
     scatter, _ = draw(dynamics, 1)
-    few = shrink_covariance(scatter, 1, prior)
+    few, _ = shrink_covariance(scatter, 1, prior)
     for kind in KINDS:
         of_kind = torch.from_numpy(dynamics.latent_kind == kind)
         ratio = few.diagonal()[of_kind] / shape[of_kind]
@@ -102,14 +101,14 @@ def test_few_particles_give_the_elastic_shape_and_many_their_own(dynamics, prior
         # amplitude.
         assert (ratio / expected).median() == pytest.approx(1.0, abs=0.25), kind
     scatter, truth = draw(dynamics, 20_000)
-    many = shrink_covariance(scatter, 20_000, prior)
+    many, _ = shrink_covariance(scatter, 20_000, prior)
     assert float((many - truth).norm() / truth.norm()) < 0.05
 
 
 @pytest.mark.parametrize("n", [1, 10, 1000])
 def test_amplitude_of_each_kind_is_the_particles_own(dynamics, prior, n):
     scatter, _ = draw(dynamics, n)
-    shrunk = shrink_covariance(scatter, n, prior)
+    shrunk, _ = shrink_covariance(scatter, n, prior)
     for kind in KINDS:
         of_kind = torch.from_numpy(dynamics.latent_kind == kind)
         amplitude = scatter.diagonal()[of_kind].sum() / n
@@ -119,7 +118,7 @@ def test_amplitude_of_each_kind_is_the_particles_own(dynamics, prior, n):
 @pytest.mark.parametrize("n", [1, 5, 100])
 def test_shrunk_covariance_can_be_inverted(dynamics, prior, n):
     scatter, _ = draw(dynamics, n)
-    shrunk = shrink_covariance(scatter, n, prior)
+    shrunk, _ = shrink_covariance(scatter, n, prior)
     torch.testing.assert_close(shrunk, shrunk.mT)
     assert torch.linalg.eigvalsh(shrunk).min() > 0
 
@@ -132,7 +131,7 @@ def test_a_leading_direction_does_not_widen_the_others(dynamics, prior):
     direction /= np.linalg.norm(direction)
     latents = 3 * rng.normal(size=(n, 1)) * direction + 0.05 * rng.normal(size=(n, p))
     scatter = torch.from_numpy(latents.T @ latents)
-    shrunk = shrink_covariance(scatter, n, prior)
+    shrunk, _ = shrink_covariance(scatter, n, prior)
     along = float(direction @ shrunk.numpy() @ direction)
     assert along == pytest.approx(float(direction @ scatter.numpy() @ direction) / n, rel=0.1)
     # Shrunk together, p / (n + p) of it would go to the others.
@@ -180,12 +179,12 @@ def test_directions_that_are_more_than_chance_are_counted(dynamics, prior, n_mot
     rng = np.random.default_rng(4)
     motions = np.linalg.qr(rng.normal(size=(p, p)))[0][:n_motions]
     latents = 0.1 * rng.normal(size=(n, p)) + 2 * rng.normal(size=(n, n_motions)) @ motions
-    assert count_directions(torch.from_numpy(latents.T @ latents), n, prior) == n_motions
+    assert shrink_covariance(torch.from_numpy(latents.T @ latents), n, prior)[1] == n_motions
 
 
 def test_less_of_the_rest_keeps_the_leading_directions(dynamics, prior):
     """Directions over the latents' own standard deviations; the others keep their shape."""
-    covariance = shrink_covariance(draw(dynamics, 200)[0], 200, prior)
+    covariance, _ = shrink_covariance(draw(dynamics, 200)[0], 200, prior)
     outer = covariance.diagonal().sqrt()[:, None] * covariance.diagonal().sqrt()
     before = torch.linalg.eigvalsh(covariance / outer)
     after = torch.linalg.eigvalsh(with_less_rest(covariance, 2, 0.5) / outer)
@@ -202,7 +201,7 @@ def test_repr_says_in_how_many_directions_particles_vary(dynamics):
 
 
 def test_repr_is_short(dynamics, prior):
-    covariance = shrink_covariance(draw(dynamics, 10)[0], 10, prior)
+    covariance, _ = shrink_covariance(draw(dynamics, 10)[0], 10, prior)
     text = repr(Population(covariance[0], covariance, 0.123456789012345, 2.5, {}))
     assert f"{dynamics.n_latents} latents" in text and "\n" not in text
 
