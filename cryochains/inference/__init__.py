@@ -10,6 +10,10 @@
 - `docking`: where images show the reference, and how large; how images are compared.
 - `search`: where bodies that may turn by any angle are, before a refinement.
 - `check`: `check`, whether particles and reference belong together, before a refinement.
+- `gate`, `averaging`: latents that follow the view; posterior means of particles hardly known.
+- `run`: what is known of particles while they are refined, and its checkpoints.
+- `expectation`: EM on linearised images. `passes`: one look after the other at the images.
+- `restarts`: particles that are stuck, lost, or hardly known.
 - `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
 - `bending`: how far chains bend, and how much of it more bodies than chains would say.
 - `verdict`: what speaks against a refinement, without a truth.
