@@ -101,6 +101,13 @@ def project(
     xy = coords[..., :2]
     grid = pixel_grid(box_size, pixel_size, xy)
     amplitudes = (weights / (2 * torch.pi * sigma**2)).to(xy.dtype).expand(xy.shape[:2])
+    asks_for_gradient = torch.is_grad_enabled() and (xy.requires_grad or amplitudes.requires_grad)
+    if xy.device.type == "cpu" and not asks_for_gradient:
+        # As in `project_tangents`.
+        from .scatter import scatter_atoms
+
+        widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(xy.shape[:2])
+        return scatter_atoms(xy.detach(), amplitudes.detach(), grid, widths)
 
     def part(start: int) -> Tensor:
         chunk = slice(start, start + ATOMS_PER_CHUNK)

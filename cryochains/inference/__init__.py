@@ -14,6 +14,7 @@
 - `run`: what is known of particles while they are refined, and its checkpoints.
 - `expectation`: EM on linearised images. `passes`: one look after the other at the images.
 - `restarts`: particles that are stuck, lost, or hardly known.
+- `leading`: quick answers of particles whose population is known.
 - `refinement`: `refine`, latents by maximum a posteriori under a population learned by EM.
 - `bending`: how far chains bend, and how much of it more bodies than chains would say.
 - `verdict`: what speaks against a refinement, without a truth.
@@ -30,7 +31,7 @@ from .identity import require_count, require_finite_latents, require_same_ids
 from .image_model import measure_contrast
 from .likelihood import NormalEquations, normal_equations, position_variance
 from .reference import correct_reference
-from .refinement import refine
+from .refinement import estimate, refine
 from .result import Result, load_result, posterior_covariance
 from .scores import (
     Scores,
@@ -59,6 +60,7 @@ __all__ = [
     "correct_reference",
     "correlation",
     "encode",
+    "estimate",
     "frame_words",
     "information_limit",
     "load_encoder",

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..model import Model
-from .likelihood import atom_share
 from .posterior import LatentPrior
 
 # RMS Å of a particle's atoms, of the width of an atom: less uncertain ones are as linearised.
@@ -34,7 +33,7 @@ _LEAST_LEFT = 0.01
 
 def is_wide(model: Model, std: Tensor) -> Tensor:
     """(n,) mask of particles whose conformation is too uncertain to be linearised."""
-    uncertainty = (std.square() * atom_share(model).to(std)).sum(1).sqrt()
+    uncertainty = (std.square() * model.atom_share.to(std)).sum(1).sqrt()
     return uncertainty > _WIDE * model.microscope.mean_width
 
 

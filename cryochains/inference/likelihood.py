@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -378,13 +377,6 @@ def _linearise_block(
 def real_parts(spectrum: Tensor) -> Tensor:
     """Complex (…, box, box//2 + 1) → real (…, box·(box + 2)): real and imaginary side by side."""
     return torch.view_as_real(spectrum).flatten(-3)
-
-
-def atom_share(model: Model) -> Tensor:
-    """(p,) float32, share of the atoms in each latent's chain."""
-    share = np.bincount(model.structure.chain_index) / model.structure.n_atoms
-    of_latent = torch.from_numpy(share[model.dynamics.latent_chain]).float()
-    return of_latent.to(model.device)
 
 
 @torch.no_grad()

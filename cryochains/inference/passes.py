@@ -101,7 +101,7 @@ def one_pass(run: Run, state: State, update: Callable[[int], object]) -> State:
     if learns_spectrum:
         state = _next_blur(run, state, linear)
     shown = state.responsibility.double()
-    square = (step.square() * run.atom_share).sum(1).double()
+    square = (step.square() * run.model.atom_share).sum(1).double()
     record = {
         "blur": blur,
         "step": float(((shown * square).sum() / shown.sum().clamp_min(1e-9)).sqrt()),
@@ -363,7 +363,7 @@ def _propose(
 
 def _no_longer_than(width: float, step: Tensor, run: Run) -> Tensor:
     """(n, p) steps shortened to `width` Å, RMS over the molecule."""
-    length = (step.square() * run.atom_share).sum(1).sqrt()
+    length = (step.square() * run.model.atom_share).sum(1).sqrt()
     return step * (width / length.clamp_min(1e-9)).clamp(max=1.0).unsqueeze(1)
 
 

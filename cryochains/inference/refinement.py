@@ -42,6 +42,7 @@ from . import image_model
 from .check import require_sound
 from .expectation import taught_by_all
 from .identity import require_latents, require_same_ids
+from .leading import are_few, leading_directions, quick_state
 from .passes import run_passes
 from .reference import learn_beads, unbent
 from .restarts import (
@@ -56,7 +57,11 @@ from .run import CHECKPOINT_KIND, Run, State, Taught, another_run, run_identity
 from .search import turning_bodies
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
-_BLURS = (8.0, 6.0, 4.0, 2.0, 0.0, 0.0)
+_BLURS = (8.0, 4.0, 2.0, 0.0, 0.0)
+# Å, after a quick answer.
+_KNOWN_BLURS = (0.0, 0.0)
+# Particles that are estimated together: what is kept of them meanwhile.
+_ESTIMATED_BLOCK = 4000
 # A population that learned of them tells better which ones are stuck: at most so many rounds.
 _ROUNDS = 3
 # Where images ask for other beads they are learned so many times, and particles then refined anew
@@ -70,7 +75,7 @@ def refine(
     population: Population | None = None,
     *,
     start: Result | Tensor | None = None,
-    blurs: Sequence[float] = _BLURS,
+    blurs: Sequence[float] | None = None,
     n_population: int = 4000,
     batch_size: int = 64,
     check: bool = True,
@@ -92,8 +97,10 @@ def refine(
         Where to start, such as what an encoder answered; by default the population's mean or the
         reference, with bodies that may turn by any angle (`Structure.with_turning`) in the
         orientation that fits each image best.
-    blurs : sequence of float
-        Å, one a pass over the images. The longest should be about the largest motion expected.
+    blurs : sequence of float, optional
+        Å, one a pass over the images. The longest should be about the largest motion expected. By
+        default 8 to 0; where a population of few directions is known and no start is given,
+        particles start from what `estimate` says of them and are looked at as they are.
     n_population : int
         So many particles are refined together, which keeps memory from growing. The first ones, at
         random, learn the population; each block of others starts from it and teaches it further.
@@ -143,7 +150,8 @@ def refine(
     >>> refine(model, particles, blurs=(4.0, 0.0), progress=False)
     Result(8 particles, refined, 12 latents of 'glua3-closed', spread ... Å)
     """
-    blurs = tuple(float(blur) for blur in np.atleast_1d(blurs))
+    quick = blurs is None and start is None and not turning_bodies(model)
+    blurs = tuple(float(blur) for blur in np.atleast_1d(_BLURS if blurs is None else blurs))
     if n_population < 1:
         raise ValueError(f"expected n_population of 1 or more, got {n_population}; try 4000")
     first = _checked_start(model, particles, population, start, blurs)
@@ -182,6 +190,8 @@ def refine(
             )
             if first is None and turning_bodies(model):
                 run = replace(run, searched=search_starts(run, progress))
+            if quick and population is not None:
+                run = _begun_quickly(run, population, progress)
             run, state, population = _refine_block(given, run, progress)
             model = run.model
             history = history or state.history
@@ -190,19 +200,96 @@ def refine(
             state = average_uncertain(run, no_worse_than_start(run, state))
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
-    return Result(
-        given,
-        answer.latents,
-        answer.std,
-        population,
-        particles,
-        scale=answer.scale,
-        noise=answer.noise,
-        misfit=answer.misfit,
-        responsibility=answer.responsibility,
-        history=history,
-        kind="refined",
-    )
+    return answer.result(given, population, particles, history, "refined")
+
+
+def estimate(
+    model: Model,
+    particles: ParticleStack,
+    population: Population,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Result:
+    """Latents of every particle of a known population in a few milliseconds, with error bars.
+
+    Two or three posterior steps from the population's mean, in the directions in which it varies
+    most; see `inference.leading`. Where it varies in few, that is as near to the truth as `refine`;
+    else start a refinement from it, as ``refine(model, particles, population)`` does by itself.
+
+    Parameters
+    ----------
+    model : Model
+    particles : ParticleStack
+    population : Population
+        Such as ``refine(…).population`` of some of the particles.
+    batch_size : int
+        Images read at a time.
+    device : torch device, optional
+        By default a GPU where there is one.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Result
+        In the order of the particles.
+
+    Raises
+    ------
+    ValueError
+        When particles, model and population do not belong together, or the images are the negative
+        of the reference.
+
+    Warns
+    -----
+    UserWarning
+        Of images that are left out, as by `refine`.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure, simulate_particles
+    >>> closed = load_structure("glua3-closed")
+    >>> particles = simulate_particles(
+    ...     closed, 8, conformations=closed.coords[None], box_size=32, progress=False
+    ... )
+    >>> model = Model(closed, particles, modes=None)
+    >>> population = refine(model, particles, blurs=(4.0, 0.0), progress=False).population
+    >>> estimate(model, particles, population, progress=False)
+    Result(8 particles, estimated, 12 latents of 'glua3-closed', spread ... Å)
+    """
+    _checked_start(model, particles, population, None, _KNOWN_BLURS)
+    n = len(particles)
+    given = model
+    model = model.to(choose_device(device)).with_beads(population.beads)
+    answer = _ParticleAnswers.empty(n, model.n_latents)
+    left_out: list[np.ndarray] = []
+    broken: list[np.ndarray] = []
+    history: tuple[dict, ...] = ()
+    for rows in _blocks(n, False, _ESTIMATED_BLOCK, 0):
+        look = image_model.look_first(model, particles[rows], batch_size)
+        image_model.require_visible(look, False)
+        usable = look.usable.numpy()
+        left_out.append(rows[~usable])
+        broken.append(rows[~look.finite.numpy()])
+        state = None
+        if usable.any():
+            run = Run(
+                model=model,
+                particles=particles[rows[usable]],
+                look=look,
+                start=None,
+                population=population,
+                blurs=_KNOWN_BLURS,
+                batch_size=batch_size,
+                checkpoint=None,
+            )
+            state = quick_state(run, population, progress)
+            history = history or state.history
+        answer.fill(rows, usable, state, population)
+    _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
+    return answer.result(given, population, particles, history, "estimated")
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,6 +333,29 @@ class _ParticleAnswers:
         self.noise[known] = state.noise_variance.sqrt().cpu()
         self.misfit[known] = state.misfit.cpu()
         self.responsibility[known] = state.responsibility.cpu()
+
+    def result(
+        self,
+        model: Model,
+        population: Population | None,
+        particles: ParticleStack,
+        history: tuple[dict, ...],
+        kind: str,
+    ) -> Result:
+        """All of it with what it belongs to."""
+        return Result(
+            model,
+            self.latents,
+            self.std,
+            population,
+            particles,
+            scale=self.scale,
+            noise=self.noise,
+            misfit=self.misfit,
+            responsibility=self.responsibility,
+            history=history,
+            kind=kind,
+        )
 
 
 def _warn_of(left_out: np.ndarray, broken: np.ndarray, ids: np.ndarray) -> None:
@@ -375,6 +485,20 @@ def _refine_block(given: Model, run: Run, progress: bool) -> tuple[Run, State, P
         state = learn_once_more(run, state, rescued, progress)
         population = _learned_population(run.model, state, population.beads)
     return run, state, population
+
+
+def _begun_quickly(run: Run, population: Population, progress: bool) -> Run:
+    """A run that begins with a quick answer, where that is worth it and no checkpoint has more."""
+    if not are_few(leading_directions(run, population)[0]):
+        return run
+    run = replace(run, blurs=_KNOWN_BLURS)
+    if run.checkpoint is not None and run.checkpoint.exists():
+        return run
+    state = quick_state(run, population, progress)
+    # Nothing of it is compared with later looks.
+    unknown = torch.full_like(state.powers, torch.inf)
+    damping = torch.zeros_like(state.damping)
+    return replace(run, state=replace(state, powers=unknown, damping=damping, history=()))
 
 
 def _taught_further(run: Run, state: State, population: Population) -> tuple[Population, Taught]:

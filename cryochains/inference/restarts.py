@@ -86,6 +86,7 @@ def _started_at(
         searched=None,
         population=population,
         taught=None,
+        state=None,
         # Only evidence of images with the same blur can be compared.
         blurs=(*(blur for blur in _RESTART_BLURS if blur > last), last, last),
         checkpoint=None,

@@ -51,7 +51,7 @@ RESULT_KIND = "result"
 _JUDGED = 2000
 # What is known of each particle besides its latents.
 _COLUMNS = ("scale", "noise", "misfit", "responsibility")
-_ANSWER_KINDS = ("refined", "encoded", "given")
+_ANSWER_KINDS = ("refined", "estimated", "encoded", "given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class _Given:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Result:
-    """Latents of every particle, one row a particle; what `refine` and `encode` return.
+    """Latents of every particle, one row a particle; what `refine`, `estimate` and `encode` return.
 
     ``result[rows]`` is a `Result` of those particles (int, slice, indices or mask).
 
@@ -101,7 +101,7 @@ class Result:
         Probability that the image shows the molecule at its pose; see `shows_molecule`.
     history : sequence of dict
         One record a pass over the images.
-    kind : {"refined", "encoded", "given"}
+    kind : {"refined", "estimated", "encoded", "given"}
         Where the latents come from; "given" by the caller.
     particles_digest : str, optional
         Hash of the particles' ids, poses and CTFs. A result keeps it, so that other particles with
@@ -297,7 +297,11 @@ class Result:
         finite = some[some.latents.isfinite().all(1).numpy()]
         junk = 1 - len(shown) / max(len(self), 1)
         latents = finite.in_frame(None).latents
-        return judge(self.model, self.population, self.history, latents, junk)
+        verdict = judge(self.model, self.population, self.history, latents, junk)
+        if self.kind != "estimated":
+            return verdict
+        # The last of two steps is still a long one, and ends where it should.
+        return Verdict(tuple(part for part in verdict.findings if part.name != "convergence"))
 
     def in_frame(self, frame: str | None = MOLECULE) -> "Result":
         """The same conformations in another frame, with particles whose poses are corrected for it.

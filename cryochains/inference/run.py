@@ -12,7 +12,7 @@ from .._files import content_digest, load_tensors, save_tensors
 from ..images import ParticleStack
 from ..model import ElasticPrior, Model, Population, elastic_prior, require_same_model
 from .image_model import MODEL_ERROR, FirstLook
-from .likelihood import NormalEquations, atom_share
+from .likelihood import NormalEquations
 from .posterior import LatentPrior, latent_prior
 from .search import Starts
 
@@ -188,11 +188,6 @@ class Run:
     def prior(self) -> ElasticPrior:
         """What is thought of the latents before any image is seen."""
         return elastic_prior(self.model.dynamics)
-
-    @cached_property
-    def atom_share(self) -> Tensor:
-        """(p,) see `atom_share`: turns a step in z into RMS Å over the molecule."""
-        return atom_share(self.model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,6 +154,15 @@ class Model:
         """Where this model computes; verbs move it with `to`."""
         return self.dynamics.device
 
+    @cached_property
+    def atom_share(self) -> torch.Tensor:
+        """(p,) float32, share of the atoms in each latent's chain.
+
+        It turns squares of latents into those of Å, RMS over the molecule.
+        """
+        share = np.bincount(self.structure.chain_index) / self.structure.n_atoms
+        return torch.from_numpy(share[self.dynamics.latent_chain]).float().to(self.device)
+
     def to(self, device: str | torch.device) -> "Model":
         """The same model computed on another device; itself where it is there already."""
         device = torch.device(device)

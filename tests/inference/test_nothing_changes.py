@@ -312,6 +312,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         inference.information_limit(g.model, g.particles, g.population, g.latents),
     ],
     "plain_ids": lambda g, f: images.plain_ids(g.particles.ids),
+    "estimate": lambda g, f: inference.estimate(g.model, g.particles, g.population, **QUIET),
     "frame_words": lambda g, f: inference.frame_words(g.result.frame),
     "require_finite_latents": lambda g, f: inference.require_finite_latents(g.latents),
     "load_result": lambda g, f: inference.load_result(g.saved / "result", g.particles),
