@@ -495,10 +495,16 @@ def _begun_quickly(run: Run, population: Population, progress: bool) -> Run:
     if run.checkpoint is not None and run.checkpoint.exists():
         return run
     state = quick_state(run, population, progress)
-    # Nothing of it is compared with later looks.
-    unknown = torch.full_like(state.powers, torch.inf)
-    damping = torch.zeros_like(state.damping)
-    return replace(run, state=replace(state, powers=unknown, damping=damping, history=()))
+    wide = state.wide_covariance if run.taught is None else run.taught.wide_covariance
+    state = replace(
+        state,
+        wide_covariance=wide,
+        # Nothing of it is compared with later looks.
+        powers=torch.full_like(state.powers, torch.inf),
+        damping=torch.zeros_like(state.damping),
+        history=(),
+    )
+    return replace(run, state=state)
 
 
 def _taught_further(run: Run, state: State, population: Population) -> tuple[Population, Taught]:

@@ -114,6 +114,24 @@ def test_a_refinement_that_begins_with_it_resumes_exactly(known, tmp_path, monke
     assert torch.equal(resumed.std, whole.std)
 
 
+def test_blocks_beyond_the_first_begin_with_it_and_teach(known, path, closed, monkeypatch):
+    model, population, _ = known
+    particles = particles_of(closed, path, 1, n=200)
+    original, wide = refinement.quick_state, []
+
+    def quick_state(run, *arguments):
+        wide.append(float(run.taught.wide_covariance.trace()))
+        return original(run, *arguments)
+
+    monkeypatch.setattr(refinement, "quick_state", quick_state)
+    result = refine(model, particles, n_population=100, check=False, **QUIET)
+    # What EM goes on from is wider than the population that a block was given.
+    assert len(wide) == 1 and wide[0] > float(result.population.covariance.trace())
+    assert score(result).explained_motion > 0.8
+    ratio = result.population.covariance.trace() / population.covariance.trace()
+    assert float(ratio) == pytest.approx(1.0, abs=0.15)
+
+
 @pytest.mark.parametrize("snr_db", [-10.0, -20.0])
 def test_noisy_particles_too(known, path, closed, snr_db):
     model, population, _ = known
