@@ -32,7 +32,7 @@ from .image_model import measure_contrast
 from .likelihood import NormalEquations, normal_equations, position_variance
 from .reference import correct_reference
 from .refinement import estimate, refine
-from .result import Result, load_result, posterior_covariance
+from .result import RESULT_FILE, Result, load_result, posterior_covariance
 from .scores import (
     Scores,
     correlation,
@@ -46,6 +46,7 @@ from .training import train_encoder
 from .verdict import Finding, Verdict
 
 __all__ = [
+    "RESULT_FILE",
     "Check",
     "CheckItem",
     "Encoder",

@@ -47,6 +47,8 @@ from .likelihood import information_of, normal_equations, position_variance
 from .verdict import Verdict, judge
 
 RESULT_KIND = "result"
+# Of the folder of a run.
+RESULT_FILE = "result.safetensors"
 # Particles whose conformations the verdict looks at.
 _JUDGED = 2000
 # What is known of each particle besides its latents.
@@ -441,6 +443,7 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     Parameters
     ----------
     path : path
+        A file, or the folder of a run of ``cryochains refine``.
     particles : ParticleStack, optional
         The particles of the result, in any order, possibly among others: they are found by id, and
         have the given poses, whatever the frame of the result. By default they are opened from the
@@ -466,6 +469,8 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     >>> load_result("results/doc/r.safetensors").ids.tolist()
     [3, 1, 4, 2, 5]
     """
+    if Path(path).is_dir():
+        path = Path(path) / RESULT_FILE
     tensors, meta = load_tensors(path, RESULT_KIND)
     try:
         result = _unpack_result(tensors, meta)
