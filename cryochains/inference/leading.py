@@ -91,9 +91,14 @@ class _LeadingModel:
     device: torch.device
 
 
-def quick_state(run: Run, population: Population, progress: bool) -> State:
-    """What a few looks tell of particles of a known population, in all latents if need be."""
-    directions, variances = leading_directions(run, population)
+def quick_state(
+    run: Run, population: Population, told: tuple[Tensor, Tensor], progress: bool
+) -> State:
+    """What a few looks tell of particles of a known population, in all latents if need be.
+
+    `told` is what `told_directions` gives.
+    """
+    directions, variances = told
     spread = float((population.covariance.diagonal() * _atom_share(run.model)).sum()) ** 0.5
     blurs = _quick_blurs(spread)
     quick = replace(run, start=None, taught=None, checkpoint=None, blurs=blurs)
@@ -135,7 +140,7 @@ def are_few(directions: Tensor) -> bool:
 
 
 @torch.no_grad()
-def leading_directions(run: Run, population: Population) -> tuple[Tensor, Tensor]:
+def told_directions(run: Run, population: Population) -> tuple[Tensor, Tensor]:
     """Directions (p, k) in which images tell most of a population, and variances (k,) in Å².
 
     Of independent directions in which atoms move by 1 Å (RMS over the molecule), those that leave

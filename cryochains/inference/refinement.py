@@ -42,7 +42,7 @@ from . import image_model
 from .check import require_sound
 from .expectation import taught_by_all
 from .identity import require_latents, require_same_ids
-from .leading import are_few, leading_directions, quick_state
+from .leading import are_few, quick_state, told_directions
 from .passes import run_passes
 from .reference import learn_beads, unbent
 from .restarts import (
@@ -285,7 +285,7 @@ def estimate(
                 batch_size=batch_size,
                 checkpoint=None,
             )
-            state = quick_state(run, population, progress)
+            state = quick_state(run, population, told_directions(run, population), progress)
             history = history or state.history
         answer.fill(rows, usable, state, population)
     _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
@@ -489,12 +489,13 @@ def _refine_block(given: Model, run: Run, progress: bool) -> tuple[Run, State, P
 
 def _begun_quickly(run: Run, population: Population, progress: bool) -> Run:
     """A run that begins with a quick answer, where that is worth it and no checkpoint has more."""
-    if not are_few(leading_directions(run, population)[0]):
+    told = told_directions(run, population)
+    if not are_few(told[0]):
         return run
     run = replace(run, blurs=_KNOWN_BLURS)
     if run.checkpoint is not None and run.checkpoint.exists():
         return run
-    state = quick_state(run, population, progress)
+    state = quick_state(run, population, told, progress)
     wide = state.wide_covariance if run.taught is None else run.taught.wide_covariance
     state = replace(
         state,

@@ -166,7 +166,7 @@ def test_a_population_that_moves_in_many_directions_is_looked_at_in_all(closed):
         model.fingerprint,
     )
     run = Run(model, particles, None, None, known, (0.0,), 64, None)
-    directions, variances = leading.leading_directions(run, known)
+    directions, variances = leading.told_directions(run, known)
     assert not leading.are_few(directions)
     # Independent, and one unit of each is 1 Å.
     share = model.atom_share.double()
