@@ -2,6 +2,8 @@
 
 import torch
 
+from ._processes import local_rank
+
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The `device` that is asked for; by default a CUDA GPU where there is one, else the CPU.
@@ -15,7 +17,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     """
     available = torch.cuda.is_available()
     if device is None:
-        return torch.device("cuda" if available else "cpu")
+        if not available:
+            return torch.device("cpu")
+        # Of several processes of a computer each takes the next GPU.
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -14,6 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+# Names in a file's header: of the description of all its tensors, and of what tells damage.
+_META = "cryochains"
+_CHECKSUM = "checksum"
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -44,6 +48,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield part
         # Some writers make a file of their own that only its owner may read.
         part.chmod(usual_mode)
+        # On the disk before it takes the old one's place, should the power fail.
+        _flush_to_disk(part)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         # Errors of reading have a sentence of their own; here the disk or the folder is at fault.
@@ -52,6 +58,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(_cannot_write(path, error)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_of_disk(error: OSError) -> bool:
@@ -82,13 +96,21 @@ def content_digest(*parts: object) -> str:
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-    """Write tensors and a JSON-able `meta` as one safetensors file, whole or not at all."""
+    """Write tensors and a JSON-able `meta` as one safetensors file, whole or not at all.
+
+    With a checksum of all of it.
+    """
     # safetensors' metadata maps strings to strings: one JSON text holds the rest.
-    text = {"cryochains": json.dumps(meta)}
+    text = json.dumps(meta)
     with atomic_path(path) as part:
         # Copies, because safetensors refuses tensors that share memory.
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        save_file(copies, part, metadata=text)
+        save_file(copies, part, metadata={_META: text, _CHECKSUM: _checksum(copies, text)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor], text: str) -> str:
+    parts = (part for name in sorted(tensors) for part in (name, tensors[name]))
+    return content_digest(text, *parts)
 
 
 def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -106,18 +128,34 @@ def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
         )
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("cryochains", "{}"))
+            texts = dict(file.metadata() or {})
+            meta = json.loads(texts.get(_META, "{}"))
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            is_whole = _is_as_written(tensors, texts)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"expected {wanted}, got something unreadable at {path} ({error}); "
             "try another copy of it"
         ) from error
+    if not is_whole:
+        raise ValueError(
+            f"expected {wanted}, got one at {path} whose content is not what was written: its "
+            "checksum differs; try another copy of it"
+        )
     if meta.get("kind") != kind:
         other = meta.get("kind") or "another safetensors file"
         raise ValueError(f"expected {wanted}, got {other} at {path}; try another file")
     return tensors, meta
+
+
+def _is_as_written(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> bool:
+    """Whether every bit of a file is as it was written, as far as it has a checksum."""
+    # Another program's, or an older version's.
+    if set(texts) <= {_META} or not {_META, _CHECKSUM} & set(texts):
+        return True
+    text = texts.get(_META, "")
+    return set(texts) == {_META, _CHECKSUM} and texts[_CHECKSUM] == _checksum(tensors, text)
 
 
 def pack_text(values: Iterable[str | int]) -> torch.Tensor:

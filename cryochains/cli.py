@@ -2,6 +2,9 @@
 
 Exit status: 0 where all is well, 1 where input is refused (one sentence says why), 2 for a wrong
 command, and of ``check`` 3 where something has to be mended first.
+
+Several processes, started by ``torchrun … -m cryochains`` or ``srun cryochains``, share the
+particles.
 """
 
 import os
@@ -139,11 +142,13 @@ def _check(particles, structure, box_size, invert, datadir, device, bodies, mode
 
     Takes under a minute. The exit status is 3 where something has to be mended first.
     """
+    from ._processes import is_first
     from .inference import check
 
     stack = _open_particles(particles, box_size, invert, datadir)
     report = check(_open_model(structure, bodies, modes, stack), stack, device=device)
-    click.echo(repr(report))
+    if is_first():
+        click.echo(repr(report))
     if report.problem:
         sys.exit(_TO_BE_MENDED)
 
@@ -195,7 +200,8 @@ def _refine(
     A run that was cut goes on where it was when the same command is given again. In Python,
     cc.load_result(FOLDER) opens what it wrote.
     """
-    from .inference import RESULT_FILE, refine
+    from ._processes import is_first
+    from .inference import RESULT_FILE, refine, remove_run_states
     from .model import load_population
 
     path = out / RESULT_FILE
@@ -205,10 +211,6 @@ def _refine(
         )
     stack = _open_particles(particles, box_size, invert, datadir)
     model = _open_model(structure, bodies, modes, stack)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.safetensors"
-    if checkpoint.exists():
-        click.echo(f"going on from {checkpoint}", err=True)
     result = refine(
         model,
         stack,
@@ -216,12 +218,13 @@ def _refine(
         n_population=n_population,
         check=not no_check,
         seed=seed,
-        checkpoint=checkpoint,
+        checkpoint=out,
         device=device,
     )
+    if not is_first():
+        return
     result.save(path)
-    for left in out.glob(f"{checkpoint.name}*"):
-        left.unlink()
+    remove_run_states(out)
     click.echo(repr(result))
     click.echo(repr(result.verdict))
     click.echo(f"written: {path}")
@@ -236,12 +239,15 @@ def _refine(
 @_in_one_sentence
 def _reconstruct(particles, box_size, invert, datadir, device, out, structure) -> None:
     """Reconstruct a map of PARTICLES from their images and poses alone."""
+    from ._processes import is_first
     from .images import reconstruct
     from .molecule import load_structure
 
     stack = _open_particles(particles, box_size, invert, datadir)
     origin = None if structure is None else load_structure(structure).origin
     density = reconstruct(stack, origin=origin, device=device)
+    if not is_first():
+        return
     density.save(out)
     click.echo(repr(density))
     click.echo(f"written: {out}")

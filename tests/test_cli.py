@@ -52,7 +52,8 @@ def test_a_run_is_what_python_gives(star, finished):
     assert result.particles is not None
     assert "Result(60 particles, refined" in answer.output
     assert "Verdict: good" in answer.output
-    assert [path.name for path in folder.iterdir()] == ["result.safetensors"]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"result.safetensors", "run.json", "log.txt", "lock"}
 
 
 def test_a_result_is_not_overwritten(star, finished):
@@ -65,19 +66,20 @@ def test_a_result_is_not_overwritten(star, finished):
 
 
 def test_a_run_that_was_cut_goes_on(star, finished, tmp_path, monkeypatch):
-    save = passes.save_checkpoint
+    save = passes.save_state
 
     def cut(given, *arguments):
         save(given, *arguments)
-        if given.checkpoint is not None:
+        if given.folder is not None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "save_checkpoint", cut)
+        patch.setattr(passes, "save_state", cut)
         assert run("refine", star, "glua3-closed", "-o", tmp_path, *MODES).exit_code == 1
-    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert (tmp_path / "block1.safetensors").exists()
     answer = run("refine", star, "glua3-closed", "-o", tmp_path, *MODES)
-    assert answer.exit_code == 0 and "going on from" in answer.output
+    assert answer.exit_code == 0 and "block1: going on after 1 passes" in answer.output
+    assert "finished, converged" in (tmp_path / "log.txt").read_text()
     assert torch.equal(load_result(tmp_path).latents, load_result(finished[0]).latents)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._devices import choose_device
 from .._files import atomic_path
+from .._processes import is_first, own_share, require_same, total
 from .particles import Batch, ParticleStack
 
 # Points of the grid of sums a Fourier pixel of the box.
@@ -199,6 +200,7 @@ def reconstruct(
             f"expected two particles or more of a weight above zero, got {len(used)}; "
             "try more particles or other weights"
         )
+    require_same(particles=particles.metadata_digest(), seed=seed)
     box = particles.box_size
     mask = soft_sphere(box) if mask is None else _checked_mask(mask, box)
     # Sums in single precision are best of numbers near one.
@@ -210,10 +212,13 @@ def reconstruct(
     sums = []
     for number, rows in enumerate(parts):
         title = f"back-projecting, half {number + 1} of 2" if half_maps else "back-projecting"
-        batches = particles[rows].batches(
-            batch_size, choose_device(device), progress=title if progress else None
+        own = rows[own_share(len(rows))]
+        batches = particles[own].batches(
+            batch_size,
+            choose_device(device),
+            progress=title if progress and is_first() else None,
         )
-        sums.append(_summed(batches, each_weight[rows], each_scale[rows], particles))
+        sums.append(total(_summed(batches, each_weight[own], each_scale[own], particles)))
     known: dict[str, Any] = {
         "pixel_size": particles.pixel_size,
         "origin": np.zeros(3) if origin is None else np.asarray(origin, dtype=np.float64),

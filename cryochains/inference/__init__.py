@@ -11,7 +11,8 @@
 - `search`: where bodies that may turn by any angle are, before a refinement.
 - `check`: `check`, whether particles and reference belong together, before a refinement.
 - `gate`, `averaging`: latents that follow the view; posterior means of particles hardly known.
-- `run`: what is known of particles while they are refined, and its checkpoints.
+- `folder`: a run's folder: what was asked, a log, what is known after each pass, a lock.
+- `run`: what is known of particles while they are refined, and what of it a run's folder keeps.
 - `expectation`: EM on linearised images. `passes`: one look after the other at the images.
 - `restarts`: particles that are stuck, lost, or hardly known.
 - `leading`: quick answers of particles whose population is known.
@@ -31,7 +32,7 @@ from .identity import require_count, require_finite_latents, require_same_ids
 from .image_model import measure_contrast
 from .likelihood import NormalEquations, normal_equations, position_variance
 from .reference import correct_reference
-from .refinement import estimate, refine
+from .refinement import estimate, refine, remove_run_states
 from .result import RESULT_FILE, Result, load_result, posterior_covariance
 from .scores import (
     Scores,
@@ -72,6 +73,7 @@ __all__ = [
     "position_variance",
     "posterior_covariance",
     "refine",
+    "remove_run_states",
     "require_count",
     "require_finite_latents",
     "require_same_ids",

@@ -34,7 +34,7 @@ from .docking import (
     normalised_images,
 )
 from .image_model import look_first, middle_brightness, usable_rows
-from .likelihood import crop_spectrum, map_blocks
+from .likelihood import crop_spectrum, map_shared
 from .scores import information_limit
 
 _STATUSES = ("green", "yellow", "red")
@@ -367,7 +367,7 @@ def _compare_readings(model: Model, particles: ParticleStack, rows: np.ndarray) 
             for name, data, drawn in _readings(comparison, particles, rows, block)
         }
 
-    parts = map_blocks(sums, comparison.views.blocks(), model.device)
+    parts = map_shared(sums, comparison.views.blocks(), model.device)
     overlaps = {
         name: (
             torch.cat([part[name][0] for part in parts]),

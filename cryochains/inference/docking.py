@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..images import ParticleStack
 from ..model import Dynamics, Microscope, Model, elastic_variance, rotvec_to_matrix
-from .likelihood import crop_spectrum, frequency_band, map_blocks, real_parts
+from .likelihood import crop_spectrum, frequency_band, map_shared, real_parts
 
 # Å, pixels of images that are compared are no smaller, and images have no more of them a side:
 # finer detail says little here.
@@ -483,7 +483,7 @@ def _refine_rigid(
         ) -> tuple[Tensor, Tensor]:
             return _rigid_equations(comparison, views[block], moved, brightness)
 
-        parts = map_blocks(equations, views.blocks(), comparison.device)
+        parts = map_shared(equations, views.blocks(), comparison.device)
         hessian = torch.stack([part[0] for part in parts]).sum(0).cpu()
         slope = torch.stack([part[1] for part in parts]).sum(0).cpu()
         ridge = 1e-6 * hessian.diagonal().clamp_min(1e-12)
@@ -510,7 +510,7 @@ def _overlaps(comparison: Comparison, views: _Views, points: Tensor) -> tuple[Te
         drawn = drawn * comparison.phases(view.shifts)
         return comparison.sum_rings(view.spectra, drawn), comparison.sum_rings(drawn, drawn)
 
-    parts = map_blocks(sums, views.blocks(), comparison.device)
+    parts = map_shared(sums, views.blocks(), comparison.device)
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -645,7 +645,7 @@ def _scale_pass(
         drawn, _ = _drawn_states(model, comparison, views[block], state, block, None)
         return comparison.sum_rings(views.spectra[block], drawn), comparison.sum_rings(drawn, drawn)
 
-    parts = map_blocks(sums, blocks, device)
+    parts = map_shared(sums, blocks, device)
     brightness = comparison.brightness(*(torch.cat(part) for part in zip(*parts, strict=True)))
     used = ((brightness > 0) & (comparison.noise > 0)).nonzero().squeeze(1)
     if len(used) < _SCALE_BANDS:
@@ -660,7 +660,7 @@ def _scale_pass(
         )
         return _integrate_conformations(*answer, variance)
 
-    solved = map_blocks(reduced, blocks, device)
+    solved = map_shared(reduced, blocks, device)
     information, slope, covariance, own_slope, own_rows = (
         torch.cat(part) for part in zip(*solved, strict=True)
     )

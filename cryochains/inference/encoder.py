@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._devices import choose_device
 from .._files import load_tensors, save_tensors
+from .._processes import gather, own_share
 from ..images import ParticleStack
 from ..model import KINDS, Dynamics, Model, pack_model, require_same_images, unpack_model
 from .result import Result
@@ -83,6 +84,7 @@ class EncoderNetwork(nn.Module):
         radius = [1.0] * len(self.chains)
         if dynamics.rotation:
             radius = [float(1 / dynamics.scale[c.rotation.start]) for c in self.chains]
+        self.n_latents = max(layout.latents.stop for layout in self.chains)
         # Å an output of 1 of each chain's rotation moves its atoms by; no weight.
         self.radius = radius
 
@@ -333,5 +335,10 @@ def encode(
 def encode_images(network: EncoderNetwork, particles: ParticleStack, batch_size: int) -> Tensor:
     """(N, p) latents of every particle, on the CPU, by a network in evaluation mode."""
     device = next(network.parameters()).device
-    batches = particles.batches(batch_size, device=device)
-    return torch.cat([network(batch.images).cpu() for batch in batches])
+    n = len(particles)
+    # Of several processes each takes its share.
+    own = particles[own_share(n)]
+    latents = torch.empty(len(own), network.n_latents)
+    for batch in own.batches(batch_size, device=device):
+        latents[batch.rows.cpu()] = network(batch.images).cpu()
+    return gather(latents, n)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._processes import agree, gather, total
 from ..model import ElasticPrior, Population, shrink_covariance, with_less_rest
 from . import image_model
 from .gate import damp_following, view_features
@@ -20,6 +21,7 @@ from .run import (
     Run,
     State,
     Taught,
+    agreed_state,
     prior_of,
     residual_power,
     solve_slices,
@@ -51,11 +53,14 @@ def learn_shared(
     n_steps = _LAST_EM_STEPS if settled else _EM_STEPS
     learns = run.population is None or (run.taught is not None and settled)
     trace = torch.zeros_like(state.evidence)
-    outlier = image_model.outlier_evidence(
-        linear.equations.data_power,
-        linear.equations.model_power,
-        linear.pixels,
-        math.exp(state.scale_mean),
+    outlier = gather(
+        image_model.outlier_evidence(
+            linear.equations.data_power,
+            linear.equations.model_power,
+            linear.pixels,
+            math.exp(state.scale_mean),
+        ),
+        len(state.proposal),
     )
     first = state.responsibility
     if learns:
@@ -85,6 +90,7 @@ def learn_shared(
                 scale_spread=scale_spread,
                 junk_share=image_model.learn_junk_share(state.responsibility),
             )
+            state = agreed_state(state)
         if number > 0 and _change(before, state) < _EM_TOLERANCE:
             break
     if learns:
@@ -121,7 +127,8 @@ def _fewer_directions(state: State, linear: Linearisation, means: Tensor) -> tup
 
     def look(covariance: Tensor) -> tuple[State, Tensor, float]:
         seen, answer, *_ = _expectation(replace(state, covariance=covariance), linear)
-        return seen, answer, float((seen.responsibility.double() * seen.evidence).sum())
+        likelihood = (seen.responsibility.double() * seen.evidence).sum()
+        return seen, answer, float(agree(likelihood))
 
     seen, means, evidence = look(state.covariance)
     for _ in range(_MOST_HALVINGS):
@@ -177,11 +184,12 @@ def _expectation(
     scale_variance = torch.empty_like(state.evidence)
     evidence = torch.empty_like(state.evidence)
     trace = torch.empty_like(state.evidence)
+    own = linear.own
 
     def solve(rows: slice) -> Tensor:
         noise = trusted_noise(state, state.powers[rows], rows, linear.n_pixels)
         posterior = solve_particles(
-            linear.equations[rows],
+            linear.equations[rows.start - own.start : rows.stop - own.start],
             state.latents[rows],
             state.log_scale[rows],
             noise,
@@ -200,8 +208,13 @@ def _expectation(
         weights = state.responsibility[rows].double()
         return (weights[:, None, None] * posterior.covariance[:, :p, :p]).sum(0)
 
-    parts = map_blocks(solve, solve_slices(n), means.device)
-    covariance_sum = torch.stack(parts).sum(0)
+    parts = map_blocks(solve, solve_slices(own), means.device)
+    # A process may have no particle of few.
+    nothing = torch.zeros(p, p, dtype=torch.float64, device=means.device)
+    covariance_sum = total(torch.stack([nothing, *parts]).sum(0))
+    means, std, log_scale, evidence, trace, scale_variance = (
+        gather(known[own], n) for known in (means, std, log_scale, evidence, trace, scale_variance)
+    )
     state = replace(state, std=std, log_scale=log_scale, evidence=evidence)
     return state, means, covariance_sum, trace, scale_variance
 
@@ -209,17 +222,18 @@ def _expectation(
 def _misfit(state: State, linear: Linearisation) -> Tensor:
     """(n,) χ² per pixel on the rings where the molecule shows, under the shared noise."""
     equations = linear.equations
-    scale = state.log_scale.double().exp().unsqueeze(1)
+    scale = state.log_scale[linear.own].double().exp().unsqueeze(1)
     residual = (
         equations.data_power.double()
         - 2 * scale * equations.overlap.double()
         + scale.square() * equations.model_power.double()
     )
-    power = equations.model_power.double().mean(0)
+    n = len(state.proposal)
+    power = total(equations.model_power.double().sum(0)) / n
     shows = power / linear.pixels.clamp_min(1e-9) > 0.1 * power.sum() / linear.n_pixels
     shows &= linear.pixels > 0
     pixels = linear.pixels[shows].sum()
-    chi = residual[:, shows].sum(1) / (pixels * state.noise_variance.double())
+    chi = gather(residual[:, shows].sum(1), n) / (pixels * state.noise_variance.double())
     return chi.to(state.log_scale)
 
 

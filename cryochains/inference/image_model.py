@@ -8,6 +8,7 @@ What all particles share is learned from those that show the molecule: b has a m
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._processes import gather, gather_answers, own_share
 from ..images import ParticleStack
 from ..model import Model
-from .likelihood import NormalEquations, crop_spectrum, frequency_band, real_parts
+from .likelihood import crop_spectrum, frequency_band, real_parts
 
 # Å. Where atoms are not at their reference positions, sharp images look dimmer than they are.
 _REFERENCE_BLUR = 8.0
@@ -70,6 +72,8 @@ class FirstLook:
         Relative to its mean over all pixels.
     noise_level : float
         That mean, of the middle of the images.
+    checksums : (n,) int64 tensor
+        Of the pixels of every image: tells images that were changed.
     """
 
     usable: Tensor
@@ -78,6 +82,7 @@ class FirstLook:
     error: Tensor
     noise_spectrum: Tensor
     noise_level: float
+    checksums: Tensor
 
     @property
     def visibility(self) -> float:
@@ -102,13 +107,16 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
     usable = torch.zeros(n, dtype=torch.bool)
     scale = torch.zeros(n)
     error = torch.ones(n)
+    checksums = torch.zeros(n, dtype=torch.int64)
     step = -(-n // _SPECTRUM_IMAGES)
+    own = own_share(n)
     excess, power, levels = [], [], []
     coarse = frequency_band(microscope, _REFERENCE_BLUR)
     full = frequency_band(microscope)
-    for batch in particles.batches(batch_size, device=device, require_finite=False):
+    for batch in particles[own].batches(batch_size, device=device, require_finite=False):
         images = batch.images
-        rows = batch.rows.cpu()
+        rows = batch.rows.cpu() + own.start
+        checksums[rows] = _checksums(images)
         whole, good = _usable(images)
         finite[rows] = whole.cpu()
         usable[rows] = good.cpu()
@@ -122,7 +130,7 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
         scale[rows[good.cpu()]] = (overlap / strength).float().cpu()
         noise = data.double().square().sum(1) / coarse.n_pixels
         error[rows[good.cpu()]] = (noise / strength).sqrt().float().cpu()
-        chosen = (batch.rows[good] % step == 0).nonzero().squeeze(1)
+        chosen = (rows.to(device)[good] % step == 0).nonzero().squeeze(1)
         if len(chosen):
             of_chosen = tuple(None if part is None else part[chosen] for part in pose)
             data, expected = _reference_rings(model, images[chosen], of_chosen, 0.0)
@@ -135,9 +143,12 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
             excess.append((total - signal) / (level * of_mean))
             power.append(signal / level)
             levels.append(level.squeeze(1))
+    known = (usable, finite, scale, error, checksums)
+    usable, finite, scale, error, checksums = (gather(values[own], n) for values in known)
+    excess, power, levels = (gather_answers(parts, device) for parts in (excess, power, levels))
     if not levels:
         white = torch.ones(full.n_rings, dtype=torch.float64, device=device)
-        return FirstLook(usable, finite, scale, error, white, 1.0)
+        return FirstLook(usable, finite, scale, error, white, 1.0, checksums)
     # Relative to each image, so that none counts more than another.
     middle = float(torch.cat(levels).median())
     spectrum, noise_level = normalised_spectrum(
@@ -145,7 +156,13 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
         middle * torch.cat(power).median(0).values,
         full.ring_pixels,
     )
-    return FirstLook(usable, finite, scale, error, spectrum, noise_level)
+    return FirstLook(usable, finite, scale, error, spectrum, noise_level, checksums)
+
+
+def _checksums(images: Tensor) -> Tensor:
+    """(b,) of the pixels of (b, box, box) images, as they were read."""
+    sums = [zlib.crc32(image.tobytes()) for image in images.cpu().numpy()]
+    return torch.tensor(sums, dtype=torch.int64)
 
 
 def _usable(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,16 +392,13 @@ def responsibilities(difference: Tensor, junk_share: float, learns: bool) -> Ten
     return torch.sigmoid(difference - offset + prior)
 
 
-def fading(equations: NormalEquations, responsibility: Tensor, side: float) -> float:
+def fading(overlap: Tensor, power: Tensor, side: float) -> float:
     """Å, how far atoms are off on average, by how much finer detail is dimmer than coarser.
 
     Atoms that are off by u (RMS, in space) dim the frequency k by exp(−2π² u² k²/3): a straight
-    line of log ⟨y, f⟩ / ⟨f, f⟩ over k², which needs no truth. `side` of the box in Å; negative
-    where fine detail is brighter.
+    line of log ⟨y, f⟩ / ⟨f, f⟩ over k², which needs no truth. These (R,) are sums over particles,
+    `side` is that of the box in Å; negative where fine detail is brighter.
     """
-    weight = responsibility.double().unsqueeze(1)
-    overlap = (weight * equations.overlap.double()).sum(0)
-    power = (weight * equations.model_power.double()).sum(0)
     rings = torch.arange(len(power), device=power.device).double() / side
     used = (overlap > 0.05 * power) & (power > 1e-3 * power.max())
     if int(used.sum()) < 3:

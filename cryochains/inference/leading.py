@@ -101,7 +101,7 @@ def quick_state(
     directions, variances = told
     spread = float((population.covariance.diagonal() * _atom_share(run.model)).sum()) ** 0.5
     blurs = _quick_blurs(spread)
-    quick = replace(run, start=None, taught=None, checkpoint=None, blurs=blurs)
+    quick = replace(run, start=None, taught=None, folder=None, blurs=blurs)
     if not are_few(directions):
         return average_uncertain(quick, run_passes(quick, progress, len(blurs)))
     mean = population.mean.float().to(run.model.device)

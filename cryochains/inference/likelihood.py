@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .._processes import gather_answers, own_share
 from ..images import gaussian_transfer
 from ..model import Dynamics, Microscope, Model, Population
 
@@ -415,6 +416,14 @@ def map_blocks(
             return list(pool.map(work, blocks))
     finally:
         torch.set_num_threads(threads)
+
+
+def map_shared(
+    function: Callable[[_Item], _Answer], blocks: list[_Item], device: torch.device
+) -> list[_Answer]:
+    """As `map_blocks`, with the blocks shared between processes; every one gets all answers."""
+    own = blocks[own_share(len(blocks))]
+    return gather_answers(map_blocks(function, own, device) if own else [], device)
 
 
 def _without_gradients(function: Callable[[_Item], _Answer], block: _Item) -> _Answer:

@@ -5,6 +5,7 @@ images), `learn_shared` (EM) and `_propose` (the next latents).
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._processes import from_first, gather, is_first, n_processes, total
 from ..model import Microscope, Population
 from . import image_model
 from .expectation import MAX_SCALE_STEP, learn_shared
@@ -32,11 +34,11 @@ from .run import (
     Run,
     State,
     image_sums,
-    load_checkpoint,
+    load_state,
     prior_of,
     residual_power,
     run_identity,
-    save_checkpoint,
+    save_state,
     solve_slices,
     trusted_noise,
 )
@@ -51,8 +53,12 @@ _MIN_RING_SHARE = 0.01
 
 def run_passes(run: Run, progress: bool, n_passes: int | None = None) -> State:
     """Pass after pass, from the start or a checkpoint, at most so many or to the schedule's end."""
-    identity = "" if run.checkpoint is None else run_identity(run)
-    state = load_checkpoint(run, identity) or run.state or _first_state(run)
+    identity = {} if run.folder is None else run_identity(run)
+    known = load_state(run, identity)
+    if known is not None and run.folder is not None and run.state is None:
+        done = len(known.history)
+        run.folder.announce(f"{run.name}: going on after {done} passes", progress)
+    state = known or run.state or _first_state(run)
     n = len(run.particles)
     with tqdm(
         # A bar that ends before its total is drawn as one that failed.
@@ -60,18 +66,33 @@ def run_passes(run: Run, progress: bool, n_passes: int | None = None) -> State:
         initial=len(state.history) * n,
         desc="refining",
         unit="particle",
-        disable=not progress,
+        disable=not progress or not is_first(),
         leave=n_passes is None,
     ) as bar:
         while not _is_done(run, state) and len(state.history) != n_passes:
             if len(state.history) >= len(run.blurs):
                 # More passes than planned, until nothing moves any more.
                 bar.total += n
+            begun = time.monotonic()
             state = one_pass(run, state, bar.update)
             last = state.history[-1]
             bar.set_postfix(blur=f"{last['blur']:g} Å", step=f"{last['step']:.2f} Å")
-            save_checkpoint(run, identity, state)
+            if run.folder is not None:
+                run.folder.log(_pass_in_words(run, state, time.monotonic() - begun))
+            save_state(run, identity, state)
     return state
+
+
+def _pass_in_words(run: Run, state: State, seconds: float) -> str:
+    """What a person reads to see whether a run converges."""
+    number, last = len(state.history), state.history[-1]
+    of = f" of {len(run.blurs)}" if number <= len(run.blurs) else ""
+    return (
+        f"{run.name}, pass {number}{of}: blur {last['blur']:g} Å, particles moved by "
+        f"{last['step']:.2f} Å, spread {last['spread']:.2f} Å in {last['rank']} directions, "
+        f"brightness {last['contrast']:.3g}, noise {last['noise_std']:.3g}, "
+        f"{100 * last['junk']:.1f} % show something else, {seconds:.0f} s"
+    )
 
 
 def _is_done(run: Run, state: State) -> bool:
@@ -102,7 +123,7 @@ def one_pass(run: Run, state: State, update: Callable[[int], object]) -> State:
         state = _next_blur(run, state, linear)
     shown = state.responsibility.double()
     square = (step.square() * run.model.atom_share).sum(1).double()
-    record = {
+    record_of_first = {
         "blur": blur,
         "step": float(((shown * square).sum() / shown.sum().clamp_min(1e-9)).sqrt()),
         "refused": linear.refused,
@@ -114,10 +135,23 @@ def one_pass(run: Run, state: State, update: Callable[[int], object]) -> State:
         "support": state.support,
         "correlation": correlation,
         "fading": image_model.fading(
-            linear.equations, state.responsibility, run.model.box_size * run.model.pixel_size
+            *_weighed_rings(linear, state), run.model.box_size * run.model.pixel_size
         ),
     }
+    # Whether a pass is the last one is the same for all processes.
+    record = from_first(lambda: record_of_first)
+    _require_numbers(state, len(state.history) + 1)
     return replace(state, history=(*state.history, record))
+
+
+def _require_numbers(state: State, number: int) -> None:
+    """Raise ValueError where a pass ended in numbers that are none."""
+    bad = ~(state.proposal.isfinite().all(1) & state.std.isfinite().all(1))
+    if bad.any():
+        raise ValueError(
+            f"expected finite latents after pass {number}, got NaN or Inf for {int(bad.sum()):,} "
+            f"of {len(bad):,} particles; try fewer modes, and check the images of these particles"
+        )
 
 
 def _first_state(run: Run) -> State:
@@ -197,8 +231,9 @@ def _linearise(
     damping = torch.empty_like(state.damping)
     parts = []
     refused = 0
-    for batch in run.particles.batches(run.batch_size, device=run.model.device):
-        rows = batch.rows
+    own = run.own
+    for batch in run.particles[own].batches(run.batch_size, device=run.model.device):
+        rows = batch.rows + own.start
         z = state.proposal[rows]
         look = partial(normal_equations, run.model, noise_spectrum=state.noise_spectrum, blur=blur)
         variance = state.variance[rows]
@@ -231,11 +266,32 @@ def _linearise(
         latents[rows] = z
         powers[rows] = image_sums(equations)
         parts.append(equations)
-        update(len(rows))
+        update(len(rows) * n_processes())
+    latents, powers, damping = (gather(known[own], n) for known in (latents, powers, damping))
     moved = latents - state.latents
     looked = replace(state, latents=latents, powers=powers, damping=damping)
     return looked, Linearisation(
-        join_equations(parts), moved, band.ring_pixels, band.n_independent, refused
+        join_equations(parts or [_no_equations(run, state, draws is not None)]),
+        own,
+        moved,
+        band.ring_pixels,
+        band.n_independent,
+        int(total(torch.tensor(refused))),
+    )
+
+
+def _no_equations(run: Run, state: State, sampled: bool) -> NormalEquations:
+    """Of a process that has none of few particles."""
+    p, n_rings = state.proposal.shape[1], len(state.noise_spectrum)
+    slopes, rings = state.proposal.new_zeros(0, p), state.proposal.new_zeros(0, n_rings)
+    return NormalEquations(
+        state.proposal.new_zeros(0, p, p),
+        slopes,
+        slopes,
+        rings,
+        rings,
+        rings,
+        rings if sampled else None,
     )
 
 
@@ -243,6 +299,14 @@ def _correlation(state: State) -> float:
     """Of the middle particle's image with the model's."""
     data, overlap, model = state.powers.unbind(1)
     return float((overlap / (data * model).sqrt().clamp_min(1e-30)).median())
+
+
+def _weighed_rings(linear: Linearisation, state: State) -> tuple[Tensor, Tensor]:
+    """(R,) ⟨y, f⟩ and ⟨f, f⟩ of all particles, as far as they show the molecule."""
+    weight = state.responsibility[linear.own].double().unsqueeze(1)
+    rings = (linear.equations.overlap, linear.equations.model_power)
+    overlap, power = (total((weight * ring.double()).sum(0)) for ring in rings)
+    return overlap, power
 
 
 def _objective(state: State) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -309,16 +373,18 @@ def _next_blur(run: Run, state: State, linear: Linearisation) -> State:
     sampled = linear.equations.sampled_power
     if sampled is None:
         return replace(state, powers=unknown)
-    weight = (state.responsibility / state.noise_variance).double().unsqueeze(1)
+    own = linear.own
+    weight = (state.responsibility / state.noise_variance)[own].double().unsqueeze(1)
     n_shown = state.responsibility.double().sum().clamp_min(1e-9)
     full = frequency_band(run.model.microscope).ring_pixels
     measured = linear.pixels > _MIN_RING_SHARE * full
-    scale = state.log_scale.double().exp().unsqueeze(1)
+    scale = state.log_scale[own].double().exp().unsqueeze(1)
     signal = scale.square() * linear.equations.model_power.double()
 
     def level_of(powers: Tensor) -> Tensor:
         """Of each ring, for a particle with the common noise level."""
-        mean = (weight * powers.double()).sum(0) / (n_shown * linear.pixels.clamp_min(1e-9))
+        mean = total((weight * powers.double()).sum(0))
+        mean = mean / (n_shown * linear.pixels.clamp_min(1e-9))
         # The images were divided by the present spectrum.
         return state.noise_level * mean * state.noise_spectrum
 
@@ -375,21 +441,23 @@ def _position_variances(run: Run, state: State, linear: Linearisation | None) ->
     model = run.model
     precision = state.covariance.inverse().float()
     variance = torch.empty_like(state.variance)
+    own = run.own
 
     def fill(rows: slice) -> None:
         information = precision.expand(rows.stop - rows.start, -1, -1)
         if linear is not None:
             noise = trusted_noise(state, state.powers[rows], rows, linear.n_pixels)
             weight = (state.log_scale[rows].double().exp().square() / noise).float()
-            information = weight[:, None, None] * linear.equations.hessian[rows] + precision
+            of_own = slice(rows.start - own.start, rows.stop - own.start)
+            information = weight[:, None, None] * linear.equations.hessian[of_own] + precision
         covariance = torch.linalg.inv(information)
         rotations = run.particles.rotations[rows].to(precision)
         variance[rows] = position_variance(
             model.bead_dynamics, state.proposal[rows], rotations, covariance
         )
 
-    map_blocks(fill, solve_slices(len(variance)), variance.device)
-    return variance
+    map_blocks(fill, solve_slices(own), variance.device)
+    return gather(variance[own], len(variance))
 
 
 def _spectrum_of(population: Population, microscope: Microscope) -> Tensor:

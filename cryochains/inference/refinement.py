@@ -22,28 +22,28 @@ Here is the order of things; what a pass over the images does is in `passes`.
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._devices import choose_device
-from .._files import load_tensors
+from .._processes import from_first, n_processes, require_same
 from ..images import ParticleStack
 from ..model import Model, Population, require_population, require_same_images, require_same_model
 from ..molecule import Beads
 from . import image_model
 from .check import require_sound
 from .expectation import taught_by_all
+from .folder import RunFolder, open_folder
 from .identity import require_latents, require_same_ids
 from .leading import are_few, quick_state, told_directions
-from .passes import run_passes
+from .passes import CONVERGED, run_passes
 from .reference import learn_beads, unbent
 from .restarts import (
     average_uncertain,
@@ -53,7 +53,15 @@ from .restarts import (
     start_again,
 )
 from .result import Result
-from .run import CHECKPOINT_KIND, Run, State, Taught, another_run, run_identity
+from .run import (
+    BLOCK_NAME,
+    RUN_KIND,
+    Run,
+    State,
+    Taught,
+    require_same_run,
+    run_identity,
+)
 from .search import turning_bodies
 
 # Å. Each pass sees a little more detail; the last ones see the images as they are.
@@ -67,6 +75,8 @@ _ROUNDS = 3
 # Where images ask for other beads they are learned so many times, and particles then refined anew
 # from at most these blurs (Å) on.
 _DENSITY_BLURS = (4.0, 0.0)
+# Of the states in a run's folder: blocks of particles, and these refined anew with other beads.
+_STATE_NAMES = rf"{BLOCK_NAME}\d+(-beads\d)?"
 
 
 def refine(
@@ -112,10 +122,9 @@ def refine(
     seed : int
         Chooses the particles that the population is learned from.
     checkpoint : path, optional
-        Written after every pass; a run that was cut resumes from it and gives the same numbers.
-        Files beside it have ``.density1`` and ``.density2`` (of particles refined anew with other
-        beads) and ``.block1``, ``.block2``, … (of more than `n_population` particles) after its
-        name. Where there is no checkpoint yet, such files are of an earlier run and are removed.
+        A folder, made where there is none: what was asked (``run.json``), a log with a line a pass
+        (``log.txt``), and what is known after each pass. A run that was cut goes on from there when
+        it is called again in the same way, and gives the same numbers. No two runs use one folder.
     device : torch device, optional
         By default a GPU where there is one.
     progress : bool
@@ -129,15 +138,24 @@ def refine(
     Raises
     ------
     ValueError
-        When the particles do not fit the model, the population, start or checkpoint is of another
-        model, the images are the negative of the reference or show nothing of it, or they
-        certainly show it read otherwise than the table is given.
+        When the particles do not fit the model, the population, start or folder is of another
+        model or run, which is named, another run uses the folder, the images are the negative of
+        the reference or show nothing of it, or they certainly show it read otherwise than the table
+        is given.
+    ConnectionError
+        When one of several processes ends before the others.
 
     Warns
     -----
     UserWarning
         Of images that are constant or hold NaN or Inf, which are left out: with responsibility 0,
-        and the population's mean and spread for latents and error bars.
+        and the population's mean and spread for latents and error bars. And where the folder cannot
+        be written, such as on a full disk: the run goes on.
+
+    Notes
+    -----
+    Started in several processes, by ``torchrun``, ``srun`` or accelerate's launcher, these share
+    the particles, all return the same result, and the first one writes.
 
     Examples
     --------
@@ -155,8 +173,11 @@ def refine(
     if n_population < 1:
         raise ValueError(f"expected n_population of 1 or more, got {n_population}; try 4000")
     first = _checked_start(model, particles, population, start, blurs)
-    _remove_older_files(checkpoint)
     n = len(particles)
+    settings = {"blurs": blurs, "n_population": n_population, "seed": seed, "check": check}
+    settings["population"] = "learned" if population is None else repr(population)
+    require_same(model=model.fingerprint, particles=particles.metadata_digest(), **settings)
+    asked = {"model": repr(model), "particles": repr(particles), "settings": settings}
     given = model
     model = model.to(choose_device(device))
     if population is not None:
@@ -167,40 +188,51 @@ def refine(
     broken: list[np.ndarray] = []
     learns = population is None
     taught: Taught | None = None
-    for number, rows in enumerate(_blocks(n, learns, n_population, seed)):
-        look = image_model.look_first(model, particles[rows], batch_size)
-        image_model.require_visible(look, population is None)
-        usable = look.usable.numpy()
-        if check and population is None and first is None:
-            require_sound(model, particles, rows[usable])
-        left_out.append(rows[~usable])
-        broken.append(rows[~look.finite.numpy()])
-        state = None
-        if usable.any():
-            run = Run(
-                model=model,
-                particles=particles[rows[usable]],
-                look=look,
-                start=None if first is None else first[rows[usable]],
-                population=population,
-                blurs=blurs,
-                batch_size=batch_size,
-                checkpoint=_block_path(checkpoint, number),
-                taught=taught,
-            )
-            if first is None and turning_bodies(model):
-                run = replace(run, searched=search_starts(run, progress))
-            if quick and population is not None:
-                run = _begun_quickly(run, population, progress)
-            run, state, population = _refine_block(given, run, progress)
-            model = run.model
-            history = history or state.history
-            if learns:
-                population, taught = _taught_further(run, state, population)
-            state = average_uncertain(run, no_worse_than_start(run, state))
-        answer.fill(rows, usable, state, population)
-    _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
-    return answer.result(given, population, particles, history, "refined")
+    with open_folder(checkpoint, RUN_KIND, _STATE_NAMES, asked) as folder:
+        _begin_log(folder, n)
+        for number, rows in enumerate(_blocks(n, learns, n_population, seed)):
+            look = image_model.look_first(model, particles[rows], batch_size)
+            image_model.require_visible(look, population is None)
+            usable = look.usable.numpy()
+            if check and population is None and first is None:
+                require_sound(model, particles, rows[usable])
+            left_out.append(rows[~usable])
+            broken.append(rows[~look.finite.numpy()])
+            state = None
+            if usable.any():
+                run = Run(
+                    model=model,
+                    particles=particles[rows[usable]],
+                    look=look,
+                    start=None if first is None else first[rows[usable]],
+                    population=population,
+                    blurs=blurs,
+                    batch_size=batch_size,
+                    folder=folder,
+                    name=f"{BLOCK_NAME}{number + 1}",
+                    taught=taught,
+                )
+                if first is None and turning_bodies(model):
+                    run = replace(run, searched=search_starts(run, progress))
+                if quick and population is not None:
+                    run = _begun_quickly(run, population, progress)
+                run, state, population = _refine_block(given, run, progress)
+                model = run.model
+                history = history or state.history
+                if learns:
+                    population, taught = _taught_further(run, state, population)
+                state = average_uncertain(run, no_worse_than_start(run, state))
+            answer.fill(rows, usable, state, population)
+        _warn_of(np.concatenate(left_out), np.concatenate(broken), particles.ids)
+        result = answer.result(given, population, particles, history, "refined")
+        if folder is not None:
+            folder.log(f"finished, {_how_it_ended(history)}: {result!r}")
+    return result
+
+
+def remove_run_states(path: str | os.PathLike) -> None:
+    """Remove from a run's folder what is known after each pass, where a result is kept instead."""
+    RunFolder(Path(path), RUN_KIND, _STATE_NAMES).remove_states()
 
 
 def estimate(
@@ -283,7 +315,7 @@ def estimate(
                 population=population,
                 blurs=_KNOWN_BLURS,
                 batch_size=batch_size,
-                checkpoint=None,
+                folder=None,
             )
             state = quick_state(run, population, told_directions(run, population), progress)
             history = history or state.history
@@ -419,20 +451,21 @@ def _blocks(n: int, learns: bool, n_population: int, seed: int) -> list[np.ndarr
     return blocks
 
 
-def _block_path(checkpoint: str | os.PathLike | None, number: int) -> Path | None:
-    if checkpoint is None:
-        return None
-    return Path(checkpoint) if number == 0 else Path(f"{checkpoint}.block{number}")
-
-
-def _remove_older_files(checkpoint: str | os.PathLike | None) -> None:
-    """Remove what an earlier run left beside its checkpoint, where that is not there any more."""
-    if checkpoint is None or Path(checkpoint).exists() or not Path(checkpoint).parent.is_dir():
+def _begin_log(folder: RunFolder | None, n: int) -> None:
+    """Say that a run begins; what is left of one without a first state is of an earlier one."""
+    if folder is None:
         return
-    ours = re.compile(re.escape(Path(checkpoint).name) + r"\.(density[12]|block[1-9][0-9]*)")
-    for path in Path(checkpoint).parent.iterdir():
-        if ours.fullmatch(path.name) and path.is_file():
-            path.unlink()
+    if not folder.has(f"{BLOCK_NAME}1"):
+        folder.remove_states()
+    folder.log(f"{n:,} particles, {n_processes()} processes of {torch.get_num_threads()} threads")
+
+
+def _how_it_ended(history: tuple[dict, ...]) -> str:
+    if not history:
+        return "without a pass"
+    step = history[-1]["step"]
+    word = "converged" if step < CONVERGED else "not converged"
+    return f"{word} (in their last pass the first particles moved by {step:.2f} Å)"
 
 
 def _learn_population(given: Model, run: Run, progress: bool) -> tuple[Run, State, Population]:
@@ -448,7 +481,11 @@ def _learn_population(given: Model, run: Run, progress: bool) -> tuple[Run, Stat
     result = _result_of(given, run, state, None)
     # A checkpoint from after this was asked says that there was nothing.
     asks = n_passes in (None, len(state.history))
-    learn = partial(learn_beads, device=run.model.device, progress=progress)
+
+    def learn(*refined: Any) -> Beads | None:
+        # In one process, or others would round otherwise.
+        return from_first(lambda: learn_beads(*refined, device=run.model.device, progress=progress))
+
     again = _begun_with_other_beads(given, run, 1)
     if again is None:
         beads = learn(result, unbent(result)) if asks else None
@@ -493,7 +530,7 @@ def _begun_quickly(run: Run, population: Population, progress: bool) -> Run:
     if not are_few(told[0]):
         return run
     run = replace(run, blurs=_KNOWN_BLURS)
-    if run.checkpoint is not None and run.checkpoint.exists():
+    if run.folder is not None and run.folder.has(run.name):
         return run
     state = quick_state(run, population, told, progress)
     wide = state.wide_covariance if run.taught is None else run.taught.wide_covariance
@@ -525,16 +562,16 @@ def _with_other_beads(given: Model, run: Run, beads: Beads, latents: Tensor, num
     blurs = tuple(blur for blur in run.blurs if blur <= _DENSITY_BLURS[number - 1])
     return replace(
         run,
-        follows="" if run.checkpoint is None else run_identity(run),
+        follows={} if run.folder is None else run_identity(run),
         model=given.with_beads(beads).to(run.model.device),
         start=latents,
         blurs=blurs or run.blurs[-1:],
-        checkpoint=_density_path(run, number),
+        name=_name_with_beads(run, number),
     )
 
 
-def _density_path(run: Run, number: int) -> Path | None:
-    return None if run.checkpoint is None else Path(f"{run.checkpoint}.density{number}")
+def _name_with_beads(run: Run, number: int) -> str:
+    return f"{run.name.partition('-')[0]}-beads{number}"
 
 
 def _begun_with_other_beads(given: Model, run: Run, number: int) -> Run | None:
@@ -542,14 +579,11 @@ def _begun_with_other_beads(given: Model, run: Run, number: int) -> Run | None:
 
     Beads that were learned anew would differ by rounding, such as on another machine.
     """
-    path = _density_path(run, number)
-    if path is None or not path.exists():
+    kept = None if run.folder is None else run.folder.load(_name_with_beads(run, number))
+    if run.folder is None or kept is None or "start" not in kept[0]:
         return None
-    tensors, meta = load_tensors(path, CHECKPOINT_KIND)
-    if "start" not in tensors:
-        return None
-    if meta["follows"] != run_identity(run):
-        raise ValueError(another_run(run, path))
+    tensors, meta = kept
+    require_same_run(run, meta["follows"], run_identity(run))
     names = [field.name for field in fields(Beads)]
     beads = Beads(*(tensors[f"beads/{name}"].numpy() for name in names))
     return _with_other_beads(given, run, beads, tensors["start"], number)

@@ -8,6 +8,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._processes import agree, gather, is_first, own_share
 from ..images import Batch
 from ..model import Population
 from .averaging import average_along_line, is_wide, least_certain
@@ -55,8 +56,8 @@ def start_again(run: Run, state: State, population: Population) -> tuple[State, 
     distance = ((off @ prior.precision) * off).sum(1)
     middle = distance.median()
     deviation = (distance - middle).abs().median().clamp_min(1e-9)
-    stuck = distance > middle + _STUCK_DEVIATIONS * deviation
-    starts = torch.cat([prior.mean.to(state.proposal)[None], _gatherings(state, ~stuck)])
+    stuck = agree(distance > middle + _STUCK_DEVIATIONS * deviation)
+    starts = agree(torch.cat([prior.mean.to(state.proposal)[None], _gatherings(state, ~stuck)]))
     starts = starts[:, None].expand(-1, int(stuck.sum()), -1)
     state, better = _started_at(run, state, population, stuck, starts)
     return state, rescued | better
@@ -85,11 +86,11 @@ def _started_at(
         start=starts[0],
         searched=None,
         population=population,
+        folder=None,
         taught=None,
         state=None,
         # Only evidence of images with the same blur can be compared.
         blurs=(*(blur for blur in _RESTART_BLURS if blur > last), last, last),
-        checkpoint=None,
     )
     if len(starts) > 1:
         looks = [
@@ -124,8 +125,8 @@ def learn_once_more(run: Run, state: State, rescued: Tensor, progress: bool) -> 
     powers = state.powers.clone()
     powers[rescued] = torch.inf
     state = replace(state, powers=powers)
-    n = len(run.particles)
-    with tqdm(total=n, desc="rescued", unit="particle", disable=not progress, leave=False) as bar:
+    n, shown = len(run.particles), progress and is_first()
+    with tqdm(total=n, desc="rescued", unit="particle", disable=not shown, leave=False) as bar:
         state = one_pass(run, state, bar.update)
         if state.history[-1]["step"] > CONVERGED:
             bar.total += n
@@ -146,8 +147,9 @@ def no_worse_than_start(run: Run, state: State) -> State:
     latents, log_scale, misfit = (
         getattr(state, name).clone() for name in ("proposal", "log_scale", "misfit")
     )
-    for batch in run.particles.batches(run.batch_size, device=run.model.device):
-        rows = batch.rows
+    own = run.own
+    for batch in run.particles[own].batches(run.batch_size, device=run.model.device):
+        rows = batch.rows + own.start
         noise = trusted_noise(state, state.powers[rows], rows, n_pixels)
         residuals, objectives, scales = [], [], []
         for z in (start[rows], state.proposal[rows]):
@@ -167,19 +169,23 @@ def no_worse_than_start(run: Run, state: State) -> State:
         latents[chosen] = start[chosen]
         log_scale[chosen] = scales[0][better].log().to(log_scale)
         misfit[chosen] *= (residuals[0] / residuals[1])[better].to(misfit)
+    n = len(latents)
+    latents, log_scale, misfit = (gather(known[own], n) for known in (latents, log_scale, misfit))
     return replace(state, proposal=latents, log_scale=log_scale, misfit=misfit)
 
 
 def average_uncertain(run: Run, state: State) -> State:
     """Means and error bars of particles that are too uncertain for a linearised image."""
-    wide = is_wide(run.model, state.std).nonzero().squeeze(1)
+    wide = agree(is_wide(run.model, state.std)).nonzero().squeeze(1)
     if not len(wide):
         return state
+    own = own_share(len(wide))
     prior = prior_of(state)
     n_pixels = frequency_band(run.model.microscope).n_pixels
     latents, std = state.proposal.clone(), state.std.clone()
-    for batch in run.particles[wide.cpu().numpy()].batches(run.batch_size, run.model.device):
-        rows = wide[batch.rows]
+    particles = run.particles[wide[own].cpu().numpy()]
+    for batch in particles.batches(run.batch_size, run.model.device):
+        rows = wide[own][batch.rows]
         noise = trusted_noise(state, state.powers[rows], rows, n_pixels)
         covariance = _covariance_at(run, state, rows, batch, noise)
         line, variance = least_certain(covariance)
@@ -202,6 +208,8 @@ def average_uncertain(run: Run, state: State) -> State:
         latents[rows], std[rows] = average_along_line(
             state.proposal[rows], covariance, prior, residual_at
         )
+    for known in (latents, std):
+        known[wide] = gather(known[wide[own]], len(wide))
     return replace(state, proposal=latents, std=std)
 
 

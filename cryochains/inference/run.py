@@ -1,29 +1,32 @@
-"""What is known of particles while they are refined together, and the checkpoints that keep it."""
+"""What is known of particles while they are refined together, and how a run's folder keeps it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._files import content_digest, load_tensors, save_tensors
+from .._files import content_digest
+from .._processes import agree, own_share
 from ..images import ParticleStack
 from ..model import ElasticPrior, Model, Population, elastic_prior, require_same_model
+from .folder import RunFolder
 from .image_model import MODEL_ERROR, FirstLook
 from .likelihood import NormalEquations
 from .posterior import LatentPrior, latent_prior
 from .search import Starts
 
-CHECKPOINT_KIND = "refinement checkpoint"
+# Of a refinement's folder, and what the names of its states begin with.
+RUN_KIND = "refinement"
+BLOCK_NAME = "block"
 # Particles whose normal equations are solved at a time.
 _SOLVE_BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is known after a pass, of each particle and of all; a checkpoint holds just this.
+    """What is known after a pass, of each particle and of all; a run's folder keeps just this.
 
     Attributes
     ----------
@@ -162,10 +165,13 @@ class Run:
         What the particles before these taught `population`, where these teach it further.
     blurs : tuple of float
     batch_size : int
-    checkpoint : Path, optional
+    folder : RunFolder, optional
+        Where what is known is kept after each pass.
+    name : str
+        Of the state there, such as "block1".
     state : State, optional
         After the first passes, of a run that goes on.
-    follows : str, optional
+    follows : dict, optional
         Identity of the run whose particles are refined anew with beads that it learned.
     searched : Starts, optional
         Where there are bodies that may turn by any angle, and no start was given.
@@ -178,11 +184,17 @@ class Run:
     population: Population | None
     blurs: tuple[float, ...]
     batch_size: int
-    checkpoint: Path | None
+    folder: RunFolder | None
+    name: str = BLOCK_NAME
     state: State | None = None
-    follows: str | None = None
+    follows: dict[str, str] | None = None
     searched: Starts | None = None
     taught: Taught | None = None
+
+    @property
+    def own(self) -> slice:
+        """Of the particles, those that this process looks at."""
+        return own_share(len(self.particles))
 
     @cached_property
     def prior(self) -> ElasticPrior:
@@ -192,11 +204,14 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Linearisation:
-    """The images of all particles, linearised at ``State.latents``.
+    """The images of particles, linearised at ``State.latents``.
 
     Attributes
     ----------
     equations : NormalEquations
+        Of the particles of this process (see `_processes`).
+    own : slice
+        Which they are, of the n.
     moved : (n, p) tensor
         The step that led here.
     pixels : (R,) float64 tensor
@@ -208,6 +223,7 @@ class Linearisation:
     """
 
     equations: NormalEquations
+    own: slice
     moved: Tensor
     pixels: Tensor
     n_independent: float
@@ -247,31 +263,43 @@ def prior_of(state: State) -> LatentPrior:
     return latent_prior(state.mean, state.covariance, state.scale_mean, state.scale_spread)
 
 
-def solve_slices(n: int) -> list[slice]:
-    return [slice(start, min(start + _SOLVE_BLOCK, n)) for start in range(0, n, _SOLVE_BLOCK)]
+def solve_slices(own: slice) -> list[slice]:
+    """Of the particles of this process, those that are solved at a time."""
+    starts = range(own.start, own.stop, _SOLVE_BLOCK)
+    return [slice(start, min(start + _SOLVE_BLOCK, own.stop)) for start in starts]
 
 
-# Checkpoints
+# What is kept of a run
 
 
-def run_identity(run: Run) -> str:
-    """What a checkpoint must have in common with the run it resumes, beside the model."""
-    population = run.population
+def run_identity(run: Run) -> dict[str, str]:
+    """What a state must have in common with the run that goes on from it, beside the model."""
+    particles, population = run.particles, run.population
+    ids = particles.ids.tolist()
+    ctf = () if particles.ctf is None else tuple(particles.ctf.values())
     given: tuple = ()
     if population is not None:
         given = (*population.tensors().values(), str(population.description()))
     if run.taught is not None:
         given = (*given, run.taught.n, run.taught.wide_covariance)
-    start = -1 if run.start is None else run.start
-    return content_digest(run.particles.digest(), run.blurs, start, *given)
+    return {
+        "particles": content_digest(sorted(map(str, ids))),
+        "order of the particles": content_digest(ids),
+        "poses": content_digest(particles.rotations, particles.shifts),
+        "CTFs": content_digest(*ctf),
+        "images": content_digest(run.look.checksums),
+        "blurs": ", ".join(f"{blur:g} Å" for blur in run.blurs),
+        "start": "none" if run.start is None else content_digest(run.start),
+        "population": content_digest(*given) if given else "learned",
+    }
 
 
-def save_checkpoint(run: Run, identity: str, state: State) -> None:
-    if run.checkpoint is None:
+def save_state(run: Run, identity: dict[str, str], state: State) -> None:
+    """Keep a state in the folder of its run, if it has one."""
+    if run.folder is None:
         return
     tensors = {name: getattr(state, name) for name in _STATE_TENSORS}
     meta = {
-        "kind": CHECKPOINT_KIND,
         "numbers": {name: getattr(state, name) for name in _STATE_NUMBERS},
         "history": state.history,
         "fingerprint": run.model.fingerprint,
@@ -283,28 +311,37 @@ def save_checkpoint(run: Run, identity: str, state: State) -> None:
         tensors |= {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
         tensors["start"] = run.start
         meta["follows"] = run.follows
-    save_tensors(run.checkpoint, tensors, meta)
+    run.folder.save(run.name, tensors, meta)
 
 
-def another_run(run: Run, path: Path) -> str:
-    return (
-        f"expected a checkpoint of these {len(run.particles):,} particles, start, population "
-        f"and blurs, got another run's in {path}; try another checkpoint path"
-    )
+def require_same_run(run: Run, kept: dict[str, str], identity: dict[str, str]) -> None:
+    """Raise ValueError, with what differs, unless a state is of the run that has this identity."""
+    path = None if run.folder is None else run.folder.path
+    differing = [name for name, value in identity.items() if kept.get(name) != value]
+    if "particles" in differing:
+        # All else of other particles differs too.
+        differing = ["particles"]
+    if "order of the particles" in differing:
+        differing = ["order of the particles"]
+    if differing:
+        raise ValueError(
+            f"expected the run of these {len(run.particles):,} particles and settings in {path}, "
+            f"got one whose {' and '.join(differing)} differ; try another folder"
+        )
 
 
-def load_checkpoint(run: Run, identity: str) -> State | None:
-    """The state of a run that was cut; None where there is no checkpoint yet."""
-    if run.checkpoint is None or not run.checkpoint.exists():
+def load_state(run: Run, identity: dict[str, str]) -> State | None:
+    """The state of a run that was cut; None where there is none yet."""
+    kept = None if run.folder is None else run.folder.load(run.name)
+    if run.folder is None or kept is None:
         return None
-    tensors, meta = load_tensors(run.checkpoint, CHECKPOINT_KIND)
-    require_same_model(run.model, meta["fingerprint"], f"a checkpoint ({run.checkpoint})")
-    if meta["identity"] != identity:
-        raise ValueError(another_run(run, run.checkpoint))
+    tensors, meta = kept
+    require_same_model(run.model, meta["fingerprint"], f"a run ({run.folder.path})")
+    require_same_run(run, meta["identity"], identity)
     if missing := set(_STATE_TENSORS) - set(tensors):
         raise ValueError(
-            f"expected a checkpoint of this version of cryochains at {run.checkpoint}, got an "
-            f"older one without {', '.join(sorted(missing))}; try another path, or that version"
+            f"expected a run of this version of cryochains in {run.folder.path}, got an older one "
+            f"without {', '.join(sorted(missing))}; try another folder, or that version"
         )
     known: dict[str, Any] = {name: tensors[name].to(run.model.device) for name in _STATE_TENSORS}
     return State(
@@ -312,3 +349,13 @@ def load_checkpoint(run: Run, identity: str) -> State | None:
         **meta["numbers"],
         history=tuple(meta["history"]),
     )
+
+
+def agreed_state(state: State) -> State:
+    """With what particles share as the first of several processes has it."""
+    names = ("mean", "covariance", "own_mean", "wide_covariance")
+    shared: dict[str, Any] = {name: agree(getattr(state, name)) for name in names}
+    numbers = torch.tensor([getattr(state, name) for name in _STATE_NUMBERS], dtype=torch.float64)
+    shared |= dict(zip(_STATE_NUMBERS, agree(numbers).tolist(), strict=True))
+    shared["rank"] = int(shared["rank"])
+    return replace(state, **shared)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._processes import gather, is_first, own_share
 from ..images import ParticleStack
 from ..model import Microscope, Model, matrix_to_rotvec
 from .docking import Comparison, compare_with, even_rotations
@@ -106,13 +107,21 @@ def search_turns(model: Model, particles: ParticleStack, mean: Tensor, progress:
     bodies = turning_bodies(model)
     n = len(particles)
     comparison = compare_with(model, particles, np.arange(n), _coarse_box(model))
+    own = own_share(n)
+    comparison = replace(comparison, views=comparison.views[own])
     mean = mean.to(model.device).float()
     orders = [bodies] if len(bodies) == 1 else [bodies * 2, bodies[::-1] * 2]
-    total = n * sum(len(order) for order in orders)
-    with tqdm(total=total, desc="searching", unit="particle", disable=not progress) as bar:
+    total = (own.stop - own.start) * sum(len(order) for order in orders)
+    shown = progress and is_first()
+    with tqdm(total=total, desc="searching", unit="particle", disable=not shown) as bar:
         answers = [_search_in_order(model, comparison, mean, order, bar) for order in orders]
-    first = answers[0]
-    return first if len(answers) == 1 else _likelier(first, answers[1])
+    best = answers[0] if len(answers) == 1 else _likelier(*answers)
+    return Starts(
+        gather(best.latents, n),
+        tuple(gather(others, n) for others in best.others),
+        tuple(gather(behind, n) for behind in best.behind),
+        gather(best.score, n),
+    )
 
 
 def _search_in_order(

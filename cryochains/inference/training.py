@@ -4,26 +4,30 @@ Measured at a laptop's scale, an encoder's latents know little of the molecule e
 neat: always compare with `refine` and with the mean conformation (see the README).
 """
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._devices import choose_device
-from .._files import content_digest, load_tensors, save_tensors
+from .._files import content_digest
+from .._processes import is_first, n_processes, own_share, require_same, total
 from ..images import Batch, ParticleStack
 from ..model import Model, require_same_images, require_same_model
 from .encoder import Encoder, EncoderNetwork, encode_images, new_network
+from .folder import RunFolder, open_folder
 from .image_model import measure_contrast
 from .result import Result
 from .scores import score
 
-_TRAINING_KIND = "training checkpoint"
+# Name of what is known after an epoch.
+_STATE = "training"
 
 
 def train_encoder(
@@ -65,7 +69,8 @@ def train_encoder(
     seed : int
         Of the initial weights and the order of the particles.
     checkpoint : path, optional
-        Written after every epoch; a run that was cut resumes from it and gives the same numbers.
+        A folder, made where there is none: what was asked, a log, and the weights after each epoch.
+        A run that was cut goes on from there and gives the same numbers.
     device : torch device, optional
         By default a GPU where there is one.
     progress : bool
@@ -78,8 +83,8 @@ def train_encoder(
     Raises
     ------
     ValueError
-        When the particles do not fit the model, the loss is not finite, or the checkpoint is of
-        another model, data or settings.
+        When the particles do not fit the model, the loss is not finite, or the folder is of another
+        model, data or settings, or in use.
 
     Examples
     --------
@@ -110,21 +115,26 @@ def train_encoder(
     settings["data"] = content_digest(train.digest(), validation.digest())
     network = new_network(model, width, pool, seed).to(model.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    path = None if checkpoint is None else Path(checkpoint)
-    progress_so_far = _load_training(path, model, network, optimizer, settings)
-    if progress_so_far is None:
-        progress_so_far = _Progress(_weights(network), measure_contrast(model, train))
-    trained = _train_epochs(
-        _Training(model, network, optimizer, train, validation, batch_size, precision),
-        progress_so_far,
-        epochs,
-        patience,
-        seed,
-        save=lambda progress_now: _save_training(
-            path, model, network, optimizer, settings, progress_now
-        ),
-        show=progress,
-    )
+    require_same(model=model.fingerprint, **settings)
+    asked = {"model": repr(model), "settings": settings}
+    with open_folder(checkpoint, "training", _STATE, asked) as folder:
+        progress_so_far = _load_training(folder, model, network, optimizer, settings)
+        if progress_so_far is None:
+            progress_so_far = _Progress(_weights(network), measure_contrast(model, train))
+        elif folder is not None:
+            done = len(progress_so_far.history)
+            folder.announce(f"going on after {done} epochs", progress)
+        trained = _train_epochs(
+            _Training(model, network, optimizer, train, validation, batch_size, precision),
+            progress_so_far,
+            epochs,
+            patience,
+            seed,
+            save=lambda progress_now: _save_training(
+                folder, model, network, optimizer, settings, progress_now
+            ),
+            show=progress,
+        )
     network.load_state_dict(trained.best)
     network = deepcopy(network).to("cpu").eval()
     return Encoder(model.to("cpu"), network, trained.contrast, trained.history)
@@ -189,7 +199,11 @@ def _train_epochs(
     n = len(training.train)
     done = len(progress.history)
     with tqdm(
-        total=epochs * n, initial=done * n, desc="training", unit="particle", disable=not show
+        total=epochs * n,
+        initial=done * n,
+        desc="training",
+        unit="particle",
+        disable=not show or not is_first(),
     ) as bar:
         for number in range(done, epochs):
             if progress.epochs_without_progress >= patience:
@@ -213,22 +227,50 @@ def _one_epoch(
 ) -> float:
     """One look at every training image, shuffled by `seed`; returns the mean loss."""
     training.network.train()
-    total = 0.0
+    weighed = 0.0
     device = training.model.device
-    for batch in training.train.batches(training.batch_size, device=device, seed=seed):
-        loss = training.loss(batch, contrast)
-        value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
+    parameters = list(training.network.parameters())
+    for batch, n in _shared_batches(training.train, training.batch_size, device, seed):
+        training.optimizer.zero_grad()
+        own = torch.zeros((), device=device)
+        if batch is not None:
+            # As much as this process's particles are of the batch.
+            loss = training.loss(batch, contrast) * (len(batch.rows) / n)
+            loss.backward()
+            own = loss.detach()
+        value = float(total(own))
+        if not math.isfinite(value):
             raise ValueError(
                 f"expected a finite loss, got {value} in epoch {number + 1}; "
                 "try a lower learning_rate, precision='no', and check the images for NaN"
             )
-        training.optimizer.zero_grad()
-        loss.backward()
+        _sum_gradients(parameters)
         training.optimizer.step()
-        total += value * len(batch.rows)
-        update(len(batch.rows))
-    return total / len(training.train)
+        weighed += value * n
+        update(n)
+    return weighed / len(training.train)
+
+
+def _shared_batches(
+    particles: ParticleStack, batch_size: int, device: torch.device, seed: int
+) -> Iterator[tuple[Batch | None, int]]:
+    """Of each batch, shuffled by `seed`, this process's part, if any, and the size of the whole."""
+    order = np.random.default_rng(seed).permutation(len(particles))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        own = rows[own_share(len(rows))]
+        batch = next(particles[own].batches(len(own), device=device)) if len(own) else None
+        yield batch, len(rows)
+
+
+def _sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Gradients of the whole batch, in every process, from those of each one's part."""
+    if n_processes() == 1:
+        return
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    summed = total(torch.cat([gradient.flatten() for gradient in own]))
+    for p, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
 
 
 @torch.no_grad()
@@ -236,10 +278,11 @@ def _evaluate(training: _Training, contrast: float) -> dict:
     """Loss on the validation particles and, where their truth is known, scores."""
     training.network.eval()
     device, particles = training.model.device, training.validation
-    total = 0.0
-    for batch in particles.batches(training.batch_size, device=device):
-        total += float(training.loss(batch, contrast)) * len(batch.rows)
-    record = {"held_out_loss": total / len(particles), "rmsd": None, "explained_motion": None}
+    weighed = torch.zeros((), dtype=torch.float64)
+    for batch in particles[own_share(len(particles))].batches(training.batch_size, device=device):
+        weighed += float(training.loss(batch, contrast)) * len(batch.rows)
+    held_out = float(total(weighed)) / len(particles)
+    record = {"held_out_loss": held_out, "rmsd": None, "explained_motion": None}
     if particles.truth is not None:
         latents = encode_images(training.network, particles, training.batch_size)
         scores = score(Result(training.model, latents, particles=particles))
@@ -252,14 +295,14 @@ def _weights(network: EncoderNetwork) -> dict[str, Tensor]:
 
 
 def _save_training(
-    path: Path | None,
+    folder: RunFolder | None,
     model: Model,
     network: EncoderNetwork,
     optimizer: torch.optim.Optimizer,
     settings: dict,
     progress: _Progress,
 ) -> None:
-    if path is None:
+    if folder is None:
         return
     tensors = {f"last/{name}": value for name, value in _weights(network).items()}
     tensors |= {f"best/{name}": value for name, value in progress.best.items()}
@@ -267,33 +310,38 @@ def _save_training(
         for name, value in state.items():
             tensors[f"adam/{index}/{name}"] = torch.as_tensor(value)
     meta = {
-        "kind": _TRAINING_KIND,
         "contrast": progress.contrast,
         "history": list(progress.history),
         "fingerprint": model.fingerprint,
         "settings": settings,
     }
-    save_tensors(path, tensors, meta)
+    last = progress.history[-1]
+    folder.log(
+        f"epoch {last['epoch']}: loss {last['train_loss']:.6g}, of held-out particles "
+        f"{last['held_out_loss']:.6g}"
+    )
+    folder.save(_STATE, tensors, meta)
 
 
 def _load_training(
-    path: Path | None,
+    folder: RunFolder | None,
     model: Model,
     network: EncoderNetwork,
     optimizer: torch.optim.Optimizer,
     settings: dict,
 ) -> _Progress | None:
-    """Network and optimizer as a run that was cut left them; None where there is no checkpoint."""
-    if path is None or not path.exists():
+    """Network and optimizer as a run that was cut left them; None where there is none."""
+    kept = None if folder is None else folder.load(_STATE)
+    if folder is None or kept is None:
         return None
-    tensors, meta = load_tensors(path, _TRAINING_KIND)
-    require_same_model(model, meta["fingerprint"], f"a checkpoint ({path})")
+    tensors, meta = kept
+    require_same_model(model, meta["fingerprint"], f"a run ({folder.path})")
     other = meta["settings"]
     differing = [name for name, value in settings.items() if other.get(name) != value]
     if differing:
         raise ValueError(
-            f"expected a checkpoint of this encoder, data and settings, got one that differs in "
-            f"{', '.join(differing)} at {path}; try another checkpoint path"
+            f"expected a run of this encoder, data and settings, got one that differs in "
+            f"{', '.join(differing)} in {folder.path}; try another folder"
         )
 
     def part(prefix: str) -> dict[str, Tensor]:

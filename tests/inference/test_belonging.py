@@ -210,17 +210,24 @@ USES = {
 }
 
 
+def kept(made) -> tuple[bytes, bytes]:
+    """What the folders of a refinement and of a training know."""
+    refinement = made.checkpoint / "block1.safetensors"
+    training = made.training_checkpoint / "training.safetensors"
+    return refinement.read_bytes(), training.read_bytes()
+
+
 @pytest.mark.parametrize("use", USES)
 def test_another_model_is_refused(made, other, use):
     name, model, part = other
     # Images of another size are noticed first.
     takes_images = any(word in use for word in ("refine", "encoder", "limit"))
     words = ["px ×"] if takes_images and name in OTHER_IMAGES else ["Model(", part]
-    before = made.checkpoint.read_bytes(), made.training_checkpoint.read_bytes()
+    before = kept(made)
     with pytest.raises(ValueError) as caught:
         USES[use](made, model)
     assert_one_sentence(caught.value, *words)
-    assert (made.checkpoint.read_bytes(), made.training_checkpoint.read_bytes()) == before
+    assert kept(made) == before
 
 
 # Other particles, and other shapes
@@ -325,7 +332,7 @@ CASES = {
     ),
     # Checkpoints
     "checkpoint: other particles": (lambda m: resume(m, foreign(m)), "particles"),
-    "checkpoint: particles in another order": (lambda m: resume(m, m.particles[::-1]), "partic"),
+    "checkpoint: particles in another order": (lambda m: resume(m, m.particles[::-1]), "order"),
     "checkpoint: fewer particles": (lambda m: resume(m, m.particles[:5]), "5 particles"),
     "checkpoint: other blurs": (lambda m: resume(m, m.particles, blurs=(2.0, 0.0)), "blurs"),
     "checkpoint: another start": (lambda m: resume(m, m.particles, start=m.result), "start"),
@@ -455,8 +462,8 @@ def heavy(m) -> Model:
 def test_what_does_not_belong_together_is_refused(made, case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     combine, word = CASES[case]
-    before = made.checkpoint.read_bytes()
+    before = kept(made)
     with pytest.raises(ValueError) as caught:
         combine(made)
     assert_one_sentence(caught.value, word)
-    assert made.checkpoint.read_bytes() == before and not list(tmp_path.iterdir())
+    assert kept(made) == before and not list(tmp_path.iterdir())

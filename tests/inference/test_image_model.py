@@ -347,7 +347,8 @@ def made(scale, error) -> FirstLook:
     scale = torch.as_tensor(scale)
     every = torch.ones(len(scale), dtype=torch.bool)
     error = torch.as_tensor(error).expand(len(scale))
-    return FirstLook(every, every, scale, error, torch.ones(BOX // 2 + 1), 1.0)
+    sums = torch.zeros(len(scale), dtype=torch.int64)
+    return FirstLook(every, every, scale, error, torch.ones(BOX // 2 + 1), 1.0, sums)
 
 
 @pytest.mark.parametrize("center", [1.0, 40.0])

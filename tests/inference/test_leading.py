@@ -96,16 +96,16 @@ def test_a_refinement_that_begins_with_it_resumes_exactly(known, tmp_path, monke
     model, population, particles = known
     particles = particles[:12]
     whole = refine(model, particles, population, **QUIET)
-    save = passes.save_checkpoint
+    save = passes.save_state
 
     def cut(run, *arguments):
         save(run, *arguments)
-        if run.checkpoint is not None:
+        if run.folder is not None:
             raise KeyboardInterrupt
 
     checkpoint = tmp_path / "run.safetensors"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(passes, "save_checkpoint", cut)
+        patch.setattr(passes, "save_state", cut)
         refine(model, particles, population, checkpoint=checkpoint, **QUIET)
     # What it began with is not asked for again.
     monkeypatch.setattr(refinement, "quick_state", None)

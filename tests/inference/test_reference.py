@@ -362,25 +362,25 @@ def test_a_run_in_blocks_that_was_cut_resumes_exactly(lacking, blocks, tmp_path,
 
 
 def test_files_that_an_earlier_run_left_do_not_stop_a_new_one(lacking, whole, tmp_path):
-    """Where its main file is gone; other files are let be."""
-    settings = {**SHORT, "checkpoint": tmp_path / "run.safetensors"}
+    """Where its first state is gone; other files are let be."""
+    settings = {**SHORT, "checkpoint": tmp_path}
     refine_until(13, lacking.model, lacking.particles[:60], **settings, n_population=30)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left >= {f"run.safetensors{part}" for part in ("", ".density1", ".density2")}
-    (tmp_path / "run.safetensors").unlink()
-    kept = [tmp_path / name for name in ("run.safetensors.block", "other.safetensors.density1")]
+    left = {path.stem for path in tmp_path.glob("*.safetensors")}
+    assert left >= {f"block1{part}" for part in ("", "-beads1", "-beads2")}
+    (tmp_path / "block1.safetensors").unlink()
+    kept = [tmp_path / f"{name}.safetensors" for name in ("block", "other-beads1")]
     for path in kept:
         path.write_text("not ours")
     assert_same(refine(lacking.model, lacking.particles[:40], **settings), whole)
     assert all(path.read_text() == "not ours" for path in kept)
-    assert not (tmp_path / "run.safetensors.block1").exists()
+    assert not (tmp_path / "block2.safetensors").exists()
 
 
 def test_beads_of_another_run_are_refused(lacking, tmp_path):
     particles = lacking.particles
-    one, other = (tmp_path / name for name in ("one.safetensors", "other.safetensors"))
+    one, other = (tmp_path / name for name in ("one", "other"))
     refine_until(4, lacking.model, particles[:40], **SHORT, checkpoint=one)
     refine_until(3, lacking.model, particles[5:45], **SHORT, checkpoint=other)
-    (tmp_path / "one.safetensors.density1").rename(tmp_path / "other.safetensors.density1")
-    with pytest.raises(ValueError, match="got another run's in .*other.safetensors.density1; try"):
+    (one / "block1-beads1.safetensors").rename(other / "block1-beads1.safetensors")
+    with pytest.raises(ValueError, match="of these 40 particles .*got one whose particles differ"):
         refine(lacking.model, particles[5:45], **SHORT, checkpoint=other)

@@ -473,16 +473,18 @@ def test_steps_that_made_things_worse_are_taken_back(closed, small, refined, mon
 
 
 def test_files_that_an_earlier_run_left_are_no_hindrance(closed, small, tmp_path):
-    """Its checkpoint is gone, but not the files beside that; others of like names are kept."""
-    checkpoint = tmp_path / "run.safetensors"
-    for ending in (".density1", ".density2", ".block1", ".block12", ".block1.txt", ".density3"):
-        (tmp_path / f"{checkpoint.name}{ending}").write_text("of an earlier run")
+    """Its first state is gone, but not the others; files of like names are kept."""
+    earlier = ("block1-beads1", "block2", "block12-beads2", "block", "block2-old", "my_block2")
+    for name in earlier:
+        (tmp_path / f"{name}.safetensors").write_text("of an earlier run")
+    (tmp_path / ".part-0123456789abcdef.safetensors").write_text("of a run that was killed")
     settings = {"blurs": (6.0,), "n_population": 20, "progress": False}
     model = make_model(closed, small)
-    result = refine(model, small[:40], checkpoint=checkpoint, **settings)
+    result = refine(model, small[:40], checkpoint=tmp_path, **settings)
     assert_same(result, refine(model, small[:40], **settings))
-    left = {path.name.removeprefix(checkpoint.name) for path in tmp_path.iterdir()}
-    assert left == {"", ".block1", ".block1.txt", ".density3"}
+    left = {path.stem for path in tmp_path.glob("*.safetensors")}
+    assert left == {"block1", "block2", "block", "block2-old", "my_block2"}
+    assert not list(tmp_path.glob(".part-*"))
 
 
 def test_a_finished_run_is_read_from_its_checkpoint(closed, small, tmp_path, monkeypatch):
@@ -493,44 +495,53 @@ def test_a_finished_run_is_read_from_its_checkpoint(closed, small, tmp_path, mon
 
 
 def test_checkpoint_of_another_run_is_refused(closed, opened, small, tmp_path):
-    checkpoint = tmp_path / "run.safetensors"
-    settings = {"blurs": (6.0,), "progress": False, "checkpoint": checkpoint}
+    settings = {"blurs": (6.0,), "progress": False, "checkpoint": tmp_path}
     refine(make_model(closed, small), small[:10], **settings)
-    content = checkpoint.read_bytes()
+    content = (tmp_path / "block1.safetensors").read_bytes()
     for model, particles, sentence in (
-        (make_model(closed, small), small[:9], "of these 9 particles.*try another checkpoint path"),
+        (make_model(closed, small), small[:9], "of these 9 particles.*try another folder"),
         (make_model(opened, small), small[:10], "of Model.*its structure.*try the model that"),
         (make_model(closed, small, modes=None), small[:10], "of Model.*number of modes.*try the"),
     ):
-        with pytest.raises(ValueError, match=f"expected a checkpoint .*{sentence}"):
+        with pytest.raises(ValueError, match=f"expected .*run .*{sentence}"):
             refine(model, particles, **settings)
-    assert checkpoint.read_bytes() == content
+    assert (tmp_path / "block1.safetensors").read_bytes() == content
 
 
 def test_checkpoint_of_other_particles_or_settings_is_refused(closed, small, refined, tmp_path):
     settings = {"blurs": (6.0,), "progress": False, "checkpoint": tmp_path / "run.safetensors"}
     refine(make_model(closed, small), small[:10], **settings)
-    for particles, other in (
-        (small[10:20], {}),
-        (small[:10], {"blurs": (6.0, 0.0)}),
-        (small[:10], {"population": refined.population}),
-        (small[:10], {"start": torch.ones(10, 16)}),
+    images = small[:10].read_images().clone()
+    images[7, 3, 5] += 0.01
+    shifted = replace(small[:10], shifts=small[:10].shifts + 0.01)
+    for particles, other, words in (
+        (small[10:20], {}, "particles"),
+        (small[:10][::-1], {}, "order of the particles"),
+        (replace(small[:10], images=images), {}, "images"),
+        (replace(small[:10], images=2 * small[:10].read_images()), {}, "images"),
+        (shifted, {}, "poses"),
+        (small[:10], {"blurs": (6.0, 0.0)}, "blurs"),
+        (small[:10], {"population": refined.population}, "population"),
+        (small[:10], {"start": torch.ones(10, 16)}, "start"),
     ):
         with pytest.raises(
-            ValueError, match="expected a checkpoint of .*try another checkpoint path"
+            ValueError, match=f"expected the run of .*got one whose {words} differ; try another"
         ):
             refine(make_model(closed, small), particles, **settings | other)
 
 
-def test_files_that_are_no_checkpoint(closed, small, refined, tmp_path):
-    refined.save(tmp_path / "result.safetensors")
-    (tmp_path / "text").write_text("hello")
-    (tmp_path / "folder").mkdir()
+def test_folders_that_are_of_no_run(closed, small, refined, tmp_path):
+    for folder in ("result", "text"):
+        (tmp_path / folder).mkdir()
+    refined.save(tmp_path / "result" / "block1.safetensors")
+    (tmp_path / "text" / "block1.safetensors").write_text("hello")
+    (tmp_path / "file").write_text("hello")
     settings = {"blurs": (6.0,), "progress": False}
     for name, sentence in (
-        ("result.safetensors", "expected a refinement checkpoint file, got result at"),
-        ("text", "expected a refinement checkpoint file, got something unreadable at"),
-        ("text/below", "expected a folder that can be written"),
+        ("result", "expected a refinement state file, got result at"),
+        ("text", "expected a refinement state file, got something unreadable at"),
+        ("file", "expected a folder for the run, got a file at"),
+        ("file/below", "expected a folder that can be written"),
     ):
         with pytest.raises(ValueError, match=sentence):
             refine(make_model(closed, small), small[:5], checkpoint=tmp_path / name, **settings)

@@ -167,7 +167,7 @@ def test_nan_loss_is_one_sentence(closed, sets, tmp_path):
         ValueError, match=r"expected a finite loss, got (nan|inf) in epoch 1; try a lower"
     ):
         run(closed, sets, learning_rate=1e30, checkpoint=checkpoint)
-    assert not checkpoint.exists(), "no checkpoint of weights that are not numbers"
+    assert not list(checkpoint.glob("*.safetensors")), "no weights that are not numbers"
 
 
 def test_images_that_are_not_numbers(closed, sets):
@@ -195,19 +195,20 @@ def test_seed_decides_everything(closed, sets, trained):
 
 
 def test_every_epoch_has_an_order_of_its_own(closed, sets, monkeypatch):
-    original = ParticleStack.batches
+    original = cryochains.inference.training._shared_batches
     orders = []
 
-    def batches(self, *args, seed=None, **kwargs):
-        if seed is not None:
-            rows = [batch.rows for batch in original(self, 64, seed=seed)]
-            orders.append(torch.cat(rows).tolist())
-        return original(self, *args, seed=seed, **kwargs)
+    def batches(*arguments):
+        orders.append([])
+        for batch, n in original(*arguments):
+            orders[-1] += batch.images.sum((1, 2)).tolist()
+            yield batch, n
 
-    monkeypatch.setattr(ParticleStack, "batches", batches)
+    monkeypatch.setattr(cryochains.inference.training, "_shared_batches", batches)
     run(closed, sets, epochs=3)
     assert len(orders) == 3 and len(set(map(tuple, orders))) == 3
-    assert all(sorted(order) == list(range(44)) for order in orders), "each particle once an epoch"
+    every = sorted(sets[0].read_images().sum((1, 2)).tolist())
+    assert all(sorted(order) == every for order in orders), "each particle once an epoch"
 
 
 @pytest.mark.parametrize("first", [1, 3])
@@ -254,14 +255,14 @@ def test_a_finished_run_only_loads(closed, sets, trained, tmp_path, monkeypatch)
 def test_checkpoint_of_another_molecule_or_model_is_refused(closed, opened, sets, tmp_path):
     checkpoint = tmp_path / "run.safetensors"
     run(closed, sets, epochs=1, checkpoint=checkpoint)
-    content = checkpoint.read_bytes()
+    content = (checkpoint / "training.safetensors").read_bytes()
     settings = {"epochs": 2, "checkpoint": checkpoint}
     for model, difference in (
         (make(opened, sets[0]), "structure or bodies"),
         (make(closed, sets[0], modes=2), "number of modes"),
         (make(closed, sets[0], sigma=6.0), "width of an atom"),
     ):
-        sentence = f"expected a checkpoint .* of Model.*what differs is its .*{difference}.*; try"
+        sentence = f"expected a run .* of Model.*what differs is its .*{difference}.*; try"
         with pytest.raises(ValueError, match=sentence):
             run(closed, sets, model, **settings)
     for other, difference in (
@@ -272,19 +273,19 @@ def test_checkpoint_of_another_molecule_or_model_is_refused(closed, opened, sets
         ({"seed": 4}, "seed"),
         ({"width": 0.1}, "width"),
     ):
-        sentence = f"expected a checkpoint of .*differs in {difference} at .*try another"
+        sentence = f"expected a run of .*differs in {difference} in .*try another"
         with pytest.raises(ValueError, match=sentence):
             run(closed, **{"sets": sets} | settings | other)
-    assert checkpoint.read_bytes() == content
+    assert (checkpoint / "training.safetensors").read_bytes() == content
 
 
-def test_files_that_are_no_checkpoint(closed, sets, tmp_path):
-    (tmp_path / "text").write_text("hello")
-    sentence = "expected a training checkpoint file, got something unreadable at"
+def test_folders_that_are_of_no_run(closed, sets, tmp_path):
+    (tmp_path / "training.safetensors").write_text("hello")
+    sentence = "got a damaged part: expected a training state file, got something unreadable at"
     with pytest.raises(ValueError, match=sentence):
-        run(closed, sets, epochs=1, checkpoint=tmp_path / "text")
+        run(closed, sets, epochs=1, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="expected a folder that can be written"):
-        run(closed, sets, epochs=1, checkpoint=tmp_path / "text" / "below")
+        run(closed, sets, epochs=1, checkpoint=tmp_path / "training.safetensors" / "below")
 
 
 # Settings

@@ -1,0 +1,5 @@
+"""``python -m cryochains``: the command line."""
+
+from .cli import main
+
+main()
