@@ -16,6 +16,7 @@ from cryochains import (
     check,
     encode,
     load_particles,
+    load_result,
     load_structure,
     reconstruct,
     refine,
@@ -24,6 +25,8 @@ from cryochains import (
 )
 from cryochains._processes import _started_together
 
+ROOT = Path(__file__).resolve().parent.parent
+SBATCH = ROOT / "examples" / "cluster" / "refine.sbatch"
 # Two processes of this size take longer to start than to run.
 SCRIPT = """
 import os, sys, warnings
@@ -179,6 +182,62 @@ def test_processes_of_other_particles_are_refused(star, tmp_path):
     output, _ = process.communicate()
     assert process.returncode != 0
     assert "expected the same particles in all 2 processes" in output
+
+
+# Stands for SLURM's: as many processes as there are tasks.
+SRUN = """#!/bin/bash
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0 \\
+        SLURM_STEP_NODELIST=localhost PYTHON -m "$@" &
+    echo $! >> tasks
+done
+wait
+"""
+# Ends the tasks, as a job that is requeued ends.
+SCONTROL = """#!/bin/bash
+echo "$@" >> requeued
+kill -9 $(cat tasks)
+"""
+
+
+def slurm(star: Path, tmp_path: Path) -> subprocess.Popen:
+    programs = tmp_path / "bin"
+    programs.mkdir(exist_ok=True)
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(text.replace("PYTHON", sys.executable))
+        (programs / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_CPUS_PER_TASK": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        ["bash", SBATCH, str(star), "glua3-closed", str(tmp_path / "run"), "--modes", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+
+
+def test_a_job_on_a_cluster_goes_on_after_it_was_requeued(star, tmp_path):
+    """The sbatch file as it is, with SLURM's two programs stood in for."""
+    job = slurm(star, tmp_path)
+    log = tmp_path / "run" / "log.txt"
+    while job.poll() is None and not (log.exists() and "pass 1" in log.read_text()):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert "goes back into the queue" in output, output
+    assert (tmp_path / "requeued").read_text().startswith(f"requeue {os.getpid()}")
+    assert not (tmp_path / "run" / "result.safetensors").exists()
+    job = slurm(star, tmp_path)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    assert "block1: going on after" in output and output.count("Result(31 particles") == 1
+    assert len(load_result(tmp_path / "run")) == 31
 
 
 @pytest.mark.parametrize(
