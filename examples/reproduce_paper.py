@@ -9,6 +9,7 @@ import argparse
 import csv
 import datetime
 import io
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_population = args.n_population or scale.n_population
     stem = run_name(key)
-    checkpoint = args.out / "work" / f"{stem}.safetensors"
+    checkpoint = args.out / "work" / stem
     sizes = particle_numbers(scale, engine, n_population)
     stacks = simulate_stacks(molecule, key, sizes, device)
     if engine == "map":
@@ -185,7 +186,7 @@ def run(
     with atomic_path(args.out / "runs" / f"{stem}.npz") as part:
         np.savez_compressed(part, **arrays)
     add_row(table, row)
-    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     print({k: row[k] for k in ("seconds", *SCORES) if row[k] != ""}, flush=True)
     return row
 
@@ -247,11 +248,11 @@ def refine_stacks(
     model = starting_model(molecule, key, test)
     settings = {"n_population": n_population, "seed": key["seed"], "device": device}
     if key["reference"] == "corrected":
-        first = checkpoint.with_stem(f"{checkpoint.stem}-first")
+        first = checkpoint.with_name(f"{checkpoint.name}-first")
         learned = cc.refine(model, train, checkpoint=first, **settings)
         corrected = cc.inference.correct_reference(learned, device=device)
         model = build(key["model"], corrected, test, key["model_springs"])
-        first.unlink(missing_ok=True)
+        shutil.rmtree(first, ignore_errors=True)
     learned = cc.refine(model, train, checkpoint=checkpoint, **settings)
     return learned, cc.refine(model, test, learned.population, device=device)
 
