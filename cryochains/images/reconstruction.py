@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Count, Point, Seed, checked
 from .._devices import choose_device
 from .._files import atomic_path
 from .particles import Batch, ParticleStack
@@ -100,6 +101,7 @@ class Map:
         """Shells before the first whose half maps correlate by less than 0.143; all without."""
         return self.box_size // 2 + 1 if self.fsc is None else _n_resolved(self.fsc)
 
+    @checked
     def save(self, path: str | os.PathLike) -> Path:
         """Write `volume` as .mrc, such that it lies over the structure in ChimeraX.
 
@@ -129,6 +131,7 @@ class Map:
         return f"Map({', '.join(parts)})"
 
 
+@checked
 def reconstruct(
     particles: ParticleStack,
     *,
@@ -136,9 +139,9 @@ def reconstruct(
     scale: Sequence[float] | np.ndarray | Tensor | None = None,
     half_maps: bool = True,
     mask: np.ndarray | None = None,
-    origin: Sequence[float] | np.ndarray | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    origin: Point | None = None,
+    batch_size: Count = 64,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Map:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Count, Latents, NotNegative, Seed, checked
 from .._devices import choose_device
 from .._files import load_tensors
 from ..images import ParticleStack
@@ -69,17 +70,18 @@ _ROUNDS = 3
 _DENSITY_BLURS = (4.0, 0.0)
 
 
+@checked
 def refine(
     model: Model,
     particles: ParticleStack,
     population: Population | None = None,
     *,
-    start: Result | Tensor | None = None,
-    blurs: Sequence[float] | None = None,
-    n_population: int = 4000,
-    batch_size: int = 64,
+    start: Result | Latents | None = None,
+    blurs: NotNegative | Sequence[NotNegative] | None = None,
+    n_population: Count = 4000,
+    batch_size: Count = 64,
     check: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -203,12 +205,13 @@ def refine(
     return answer.result(given, population, particles, history, "refined")
 
 
+@checked
 def estimate(
     model: Model,
     particles: ParticleStack,
     population: Population,
     *,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Result:
@@ -366,7 +369,7 @@ def _warn_of(left_out: np.ndarray, broken: np.ndarray, ids: np.ndarray) -> None:
     finite[torch.from_numpy(broken)] = False
     problem = image_model.describe_unusable(usable, finite, ids.tolist())
     if problem is not None:
-        warnings.warn(problem, stacklevel=3)
+        warnings.warn(problem, stacklevel=4)
 
 
 def _checked_start(
