@@ -127,6 +127,18 @@ Rotations: TypeAlias = Annotated[
     torch.Tensor,
     _Kind("rotations (n, 3, 3)", lambda r: _are_rotations(r), "particles.rotations"),
 ]
+Volume: TypeAlias = Annotated[
+    np.ndarray,
+    _Kind(
+        "a volume (z, y, x) of finite numbers",
+        lambda volume: volume.ndim == 3 and volume.size > 0,
+        "map.volume",
+    ),
+]
+LatentRows: TypeAlias = Annotated[
+    torch.Tensor,
+    _Kind("latents (n, p), one row a conformation", lambda z: z.ndim == 2, "latents[None]"),
+]
 # Of measured numbers, some of which may be missing.
 WITH_NAN = _Kind("an array of numbers", example="a numpy array of floats", finite=False)
 # For functions that count which of them are not finite.

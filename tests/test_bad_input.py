@@ -943,6 +943,57 @@ WRONG = {
         ),
         {"model": noun("a model"), "particles": noun("particles"), "latents": LATENTS},
     ),
+    "chain_names": (
+        lambda g, tmp: (molecule.chain_names, {"atoms": g.structure.atoms}),
+        {"atoms": noun()},
+    ),
+    "change_sentence": (
+        lambda g, tmp: (molecule.change_sentence, {"table": cc.describe_motion(g.motions)}),
+        {"table": noun()},
+    ),
+    "atom_beads": (
+        lambda g, tmp: (molecule.atom_beads, {"structure": g.structure}),
+        {"structure": noun("a structure"), "width": POSITIVE},
+    ),
+    "residue_beads": (
+        lambda g, tmp: (molecule.residue_beads, {"structure": g.structure}),
+        {"structure": noun("a structure")},
+    ),
+    "random_rotations": (
+        lambda g, tmp: (images.random_rotations, {"n": 2, "seed": 0}),
+        {"n": COUNT, "seed": SEED},
+    ),
+    "compute_fsc": (
+        lambda g, tmp: (images.compute_fsc, {"a": np.ones((8, 8, 8)), "b": np.ones((8, 8, 8))}),
+        {
+            "a": "None|text|1|array (3,)|mask of NaN|mask of text|a map".split("|"),
+            "b": "None|text|1|array (3,)|mask of NaN|mask of text|a map".split("|"),
+        },
+    ),
+    "write_volume": (
+        lambda g, tmp: (
+            images.write_volume,
+            {
+                "path": tmp / "v.mrc",
+                "volume": np.ones((8, 8, 8)),
+                "pixel_size": 2.0,
+                "corner": (0, 0, 0),
+            },
+        ),
+        {
+            "path": FEW_PATH,
+            "volume": "None|text|1|array (3,)|mask of NaN|mask of text|a map".split("|"),
+            "pixel_size": [*POSITIVE, "None"],
+            "corner": ["None", "text", "1", "list", "array of NaN"],
+        },
+    ),
+    "measure_bending": (
+        lambda g, tmp: (
+            inference.measure_bending,
+            {"model": g.model, "latents": g.latents, "domains": None},
+        ),
+        {"model": noun("a model"), "latents": DECODED, "domains": ["text", "1", "a model"]},
+    ),
     "correct_reference": (
         lambda g, tmp: (inference.correct_reference, {"result": g.result}),
         {"result": noun("a result"), "n_particles": COUNT, "device": FEW_DEVICE},

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import Count, Point, Seed, checked
+from .._arguments import Angstroms, Count, Point, Seed, Volume, checked
 from .._devices import choose_device
 from .._files import atomic_path
 from .particles import Batch, ParticleStack
@@ -234,7 +234,8 @@ def reconstruct(
     return Map(volume, gain=gain, **known)
 
 
-def compute_fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+@checked
+def compute_fsc(a: Volume, b: Volume) -> np.ndarray:
     """(box // 2 + 1,) Fourier shell correlation of two (box, box, box) volumes.
 
     On shells one Fourier pixel wide; zero where one of them is zero.
@@ -245,6 +246,10 @@ def compute_fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     >>> compute_fsc(volume, 2 * volume).round(6).tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    if a.shape != b.shape or len(set(a.shape)) > 1:
+        raise ValueError(
+            f"expected cubes of one box, got {a.shape} and {b.shape}; try maps of one size"
+        )
     first, second = transform_volume(a), transform_volume(b)
     product = sum_shells((first * second.conj()).real)
     powers = sum_shells(first.abs().square()) * sum_shells(second.abs().square())
@@ -346,11 +351,12 @@ def draw_volume(
     return untransform_volume(spectrum)
 
 
+@checked
 def write_volume(
     path: str | os.PathLike,
-    volume: np.ndarray,
-    pixel_size: float,
-    corner: np.ndarray | Sequence[float],
+    volume: Volume,
+    pixel_size: Angstroms,
+    corner: Point,
 ) -> None:
     """Write a (z, y, x) volume as an MRC file in float32.
 

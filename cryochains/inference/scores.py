@@ -187,6 +187,7 @@ def _scored_frame(model: Model, frame: str | None) -> str:
     return frame
 
 
+@checked
 def correlation(component: np.ndarray | Tensor, coordinate: np.ndarray | Tensor) -> float:
     """|Spearman| correlation of two coordinates (N,): the sign of a component is arbitrary.
 

@@ -177,6 +177,7 @@ def describe_change(structure: Structure, before: np.ndarray, after: np.ndarray)
     return pd.DataFrame([row for block in blocks for row in block])
 
 
+@checked
 def change_sentence(table: pd.DataFrame) -> str:
     """What a table of `describe_change` says: the pair that moves most, one more chain, bending.
 

@@ -86,6 +86,7 @@ def write_structure(atoms: prody.AtomGroup, title: str, path: str | os.PathLike)
     write(atoms, title, path)
 
 
+@checked
 def chain_names(atoms: prody.AtomGroup) -> dict[str, str]:
     """The one letter or digit that each chain id gets in PDB text: its own, else one that is free.
 

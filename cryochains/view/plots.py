@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .._arguments import Count, Ordinal, Percent, checked
+from .._arguments import Count, LatentRows, Ordinal, Percent, checked
 from ..analysis import (
     CHAIN_COLORS,
     EndsComparison,
@@ -532,7 +532,7 @@ def _draw_arrows(axis: Axes, starts: np.ndarray, steps: np.ndarray) -> None:
 
 @torch.no_grad()
 @checked
-def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") -> Figure:
+def plot_residue_motion(model: Model, latents: LatentRows, title: str = "") -> Figure:
     """How far each residue moves from the first of several conformations to each; a panel a chain.
 
     Parameters
@@ -549,11 +549,6 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
         of one with as many, is not known.
     """
     structure = model.structure
-    if latents.ndim != 2:
-        raise ValueError(
-            f"expected latents (m, {model.n_latents}), got {tuple(latents.shape)}; "
-            "try latents[None]"
-        )
     coords = model.decode(latents).cpu().numpy()
     moved = np.linalg.norm(coords - coords[0], axis=-1)
     n_columns = min(structure.n_chains, _MAX_PANEL_COLUMNS)
