@@ -1368,7 +1368,8 @@ DAMAGED = list(damaged_cases())
 def test_damaged_files_are_refused_in_one_sentence(tmp_path, whole, name, damage):
     opened, write = FILES[name]
     path = tmp_path / name
-    write(things(), path)
+    if path.suffix in (".star", ".cs", ".mrcs"):
+        write(things(), path)  # and what stands beside it
     data = DAMAGES[damage](whole[name])
     if data == whole[name]:
         pytest.skip("there is nothing to damage")
@@ -1457,7 +1458,7 @@ def test_tensors_that_are_missing_or_wrong(tmp_path, name):
         "negative": lambda one: -one.abs() if one.is_floating_point() else -one.long() - 1,
     }
     bad = []
-    for key in list(tensors)[:40]:
+    for key in list(tensors)[: 8 if name == "encoder" else 40]:
         for words, change in changes.items():
             other = change(tensors[key])
             changed = {k: v for k, v in tensors.items() if k != key}
