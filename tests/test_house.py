@@ -85,7 +85,7 @@ def test_imports_follow_the_direction_and_enter_by_the_door(path):
             assert (path.parent / f"{module}.py").is_file(), f"{module} is no neighbour"
             continue
         assert level == 2
-        if module in ("_files", "_devices", "_processes"):
+        if module in ("_arguments", "_files", "_devices", "_processes"):
             continue
         assert RANKS[module] < RANKS[own], f"{own} is not to the right of {module}"
         assert set(names) <= set(package_all(module)), f"not in the __all__ of {module}"
@@ -327,7 +327,9 @@ def names_at_the_top(path: Path) -> set[str]:
 def test_names_of_one_module_alone_begin_with_an_underscore():
     used = names_used_elsewhere()
     unmarked = []
-    for path in MODULES + [LIBRARY / f"_{name}.py" for name in ("files", "devices", "processes")]:
+    for path in MODULES + [
+        LIBRARY / f"_{name}.py" for name in ("arguments", "files", "devices", "processes")
+    ]:
         module = dotted_name(path)
         doors = (import_module(module), import_module(module.rpartition(".")[0]))
         public = {name for door in doors for name in getattr(door, "__all__", ())}

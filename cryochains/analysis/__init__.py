@@ -11,7 +11,7 @@ no particle).
 
 from .bodies import bending_table
 from .colors import CHAIN_COLORS
-from .conformations import decode_ensemble, fits_pdb_text, save_conformations
+from .conformations import decode_ensemble, save_conformations
 from .densities import save_densities
 from .halves import HalvesComparison, compare_halves
 from .maps import EndsComparison, MapComparison, compare_ends, compare_with_map, split_noise
@@ -47,7 +47,6 @@ __all__ = [
     "decode_one",
     "density_table",
     "describe_motion",
-    "fits_pdb_text",
     "latent_names",
     "latent_table",
     "motion_sentence",

@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 
+from .._arguments import checked
 from ..inference import Result, measure_bending
 
 # Particles that are looked at.
 _MOST_PARTICLES = 200
 
 
+@checked
 def bending_table(result: Result) -> pd.DataFrame:
     """One row a body of the model: how far it bends, and how much of that its domains would say.
 

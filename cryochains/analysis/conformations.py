@@ -1,34 +1,36 @@
 """Conformations as files of atoms, for other programs: PDB, mmCIF, DCD and ChimeraX scripts."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import prody
 import torch
-from torch import Tensor
 
+from .._arguments import Latents, checked
 from .._files import atomic_path
 from ..model import Model
 from ..molecule import (
     Structure,
     chain_names,
+    fits_pdb_text,
     quiet_prody,
     with_reference_bonds,
     write_structure,
 )
 from .colors import CHAIN_COLORS
 
-# What PDB text holds: one letter or digit a chain, five digits of a serial number.
-_PDB_MAX_CHAINS = 62
-_PDB_MAX_ATOMS = 99_999
+# Å: no molecule is as large, and single precision still tells atoms apart.
+_FARTHEST = 1e5
 # ChimeraX ends a quoted file name at a quote before a space, and knows no escapes within: the
 # ensemble's name has what can always be quoted instead.
 _CHIMERAX_NAME_CHARACTERS = str.maketrans({'"': "'", "\n": " ", "\r": " ", "\t": " "})
 
 
 @torch.no_grad()
-def decode_ensemble(model: Model, latents: Tensor) -> prody.Ensemble:
+@checked
+def decode_ensemble(model: Model, latents: Latents) -> prody.Ensemble:
     """ProDy ensemble of every atom at (m, p) `latents`; side chains and ligands move along.
 
     Bonds of the backbone are as long as in the reference: see `molecule.with_reference_bonds`.
@@ -60,11 +62,17 @@ def decode_ensemble(model: Model, latents: Tensor) -> prody.Ensemble:
     ensemble.setAtoms(dynamics.structure.atoms)
     ensemble.setCoords(dynamics.structure.coords)
     coords = dynamics.decode(latents).double().cpu().numpy()
+    if not np.isfinite(coords).all() or np.abs(coords).max() > _FARTHEST:
+        raise ValueError(
+            f"expected latents of conformations within {_FARTHEST:g} Å, got some of up to "
+            f"{float(latents.abs().max()):g}; try motions.traverse()"
+        )
     ensemble.addCoordset(with_reference_bonds(dynamics.structure, coords))
     return ensemble
 
 
-def save_conformations(path: str | os.PathLike, model: Model, latents: Tensor) -> Path:
+@checked
+def save_conformations(path: str | os.PathLike, model: Model, latents: Latents) -> Path:
     """Write the conformations at (m, p) `latents`, all atoms, in the format of the suffix.
 
     Parameters
@@ -105,36 +113,33 @@ def save_conformations(path: str | os.PathLike, model: Model, latents: Tensor) -
     elif suffix == ".cxc":
         _write_chimerax(path, model.structure, ensemble)
     else:
-        _write_models(path, model.structure, ensemble)
+        write_structure(_models(model.structure, ensemble), model.structure.name, path)
     return path
 
 
-def fits_pdb_text(n_chains: int, n_atoms: int) -> bool:
-    """Whether PDB text can hold so many chains and atoms; mmCIF can hold any number.
-
-    Examples
-    --------
-    >>> fits_pdb_text(62, 99_999), fits_pdb_text(63, 500)
-    (True, False)
-    """
-    return n_chains <= _PDB_MAX_CHAINS and n_atoms <= _PDB_MAX_ATOMS
-
-
-def _write_models(path: Path, structure: Structure, ensemble: prody.Ensemble) -> None:
+def _models(structure: Structure, ensemble: prody.Ensemble) -> prody.AtomGroup:
+    """The atoms, with the conformations as coordinate sets."""
     models = structure.atoms.copy()
     models.setCoords(ensemble.getCoordsets())
-    write_structure(models, structure.name, path)
+    return models
 
 
 def _write_chimerax(path: Path, structure: Structure, ensemble: prody.Ensemble) -> None:
     """The script at `path`, and the ensemble beside it."""
-    chids = structure.atoms.getChids()
-    in_pdb = fits_pdb_text(len(set(chids)), len(chids))
+    models = _models(structure, ensemble)
+    in_pdb = fits_pdb_text(models)
     # mmCIF keeps the chains' own ids.
-    name_in_file = chain_names(structure.atoms) if in_pdb else {chid: chid for chid in chids}
+    ids = structure.atoms.getChids().tolist()
+    name_in_file = chain_names(structure.atoms) if in_pdb else {chid: chid for chid in ids}
+    odd = [name for name in name_in_file.values() if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)]
+    if odd:
+        raise ValueError(
+            "expected chain ids of letters and digits, which ChimeraX can be told to colour, got "
+            f"{odd[0]!r}; try a file name that ends in .cif"
+        )
     # A name of its own: a file that happens to be called as the script is left as it is.
     name = f"{path.stem}-models{'.pdb' if in_pdb else '.cif'}".translate(_CHIMERAX_NAME_CHARACTERS)
-    _write_models(path.with_name(name), structure, ensemble)
+    write_structure(models, structure.name, path.with_name(name))
     lines = [
         f'open "{name}" coordset true',
         "set bgColor white",

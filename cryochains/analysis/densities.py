@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from .._arguments import Angstroms, Latents, checked
 from .._files import atomic_path
 from ..images import write_volume
 from ..model import Model
@@ -34,8 +34,9 @@ _DRAWN_ATOMS = 2048
 _DIGITS = 3
 
 
+@checked
 def save_densities(
-    path: str | os.PathLike, model: Model, latents: Tensor, resolution: float | None = None
+    path: str | os.PathLike, model: Model, latents: Latents, resolution: Angstroms | None = None
 ) -> list[Path]:
     """Write the densities of the conformations at (m, p) `latents`: x-001.mrc, x-002.mrc, …
 
@@ -79,8 +80,6 @@ def save_densities(
         )
     if resolution is None:
         resolution = max(2 * model.pixel_size, _LEAST_RESOLUTION)
-    if not 0 < resolution < math.inf:
-        raise ValueError(f"expected a positive resolution in Å, got {resolution}; try 8.0")
     ensemble = decode_ensemble(model, latents)
     coords = ensemble.getCoordsets()
     files = _series(path, len(coords))

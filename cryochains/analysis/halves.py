@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._arguments import Count, Seed, checked
 from ..inference import Result, refine
 from .maps import require_whole_number
 from .motions import PrincipalMotions, compute_pca
@@ -56,14 +57,15 @@ class HalvesComparison:
         return f"HalvesComparison({self.sentence})"
 
 
+@checked
 def compare_halves(
     result: Result,
     chain: str | None = None,
     kind: str = "all",
-    n_components: int = 3,
+    n_components: Count = 3,
     *,
-    n_particles: int = 8000,
-    seed: int = 0,
+    n_particles: Count = 8000,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
     **settings: Any,

@@ -19,6 +19,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from .._arguments import Count, Latents, Ordinal, Seed, Share, checked
 from ..images import (
     Map,
     ParticleStack,
@@ -219,11 +220,12 @@ class EndsComparison:
         return f"EndsComparison({self.sentence})"
 
 
+@checked
 def split_noise(
     result: Result,
     *,
-    n_particles: int = 4000,
-    seed: int = 0,
+    n_particles: Count = 4000,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
     **settings: Any,
@@ -287,7 +289,6 @@ def split_noise(
             f"expected a refined result with its particles, got {result!r}; try "
             "load_result(path, particles)"
         )
-    require_whole_number(n_particles, 1, "n_particles", 4000)
     rng = np.random.default_rng(seed)
     shown = np.flatnonzero(given.shows_molecule)
     chosen = np.sort(rng.permutation(shown)[:n_particles])
@@ -301,14 +302,15 @@ def split_noise(
     return again, replace(particles, images=images - noise)
 
 
+@checked
 def compare_with_map(
     result: Result,
     rows=None,
     *,
     images: ParticleStack | None = None,
-    other: Tensor | None = None,
+    other: Latents | None = None,
     names: tuple[str, str] = ("their mean conformation", "the reference"),
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> MapComparison:
@@ -371,13 +373,14 @@ def compare_with_map(
     return _compare(framed, volume, (own, other), names, images is not None)
 
 
+@checked
 def compare_ends(
     motions: PrincipalMotions,
-    component: int = 0,
-    share: float = 0.3,
+    component: Ordinal = 0,
+    share: Share = 0.3,
     *,
     images: ParticleStack | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
     **settings: Any,

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .._arguments import Count, Ordinal, Percent, checked
 from ..inference import Result, frame_words, require_finite_latents
 from ..model import KINDS, Dynamics, Model, require_same_model
 
@@ -16,6 +17,7 @@ KIND_GROUPS = {"modes": ("mode",), "rigid": ("rotation", "translation"), "all": 
 _MAX_PCA_PARTICLES = 200_000
 
 
+@checked
 def latent_table(result: Result, frame: str | None = None) -> pd.DataFrame:
     """One row a particle, one column a latent, in units people read.
 
@@ -149,6 +151,7 @@ class PrincipalMotions:
         """(n, k) `scores` of the particles that show the molecule: junk is left out."""
         return self.scores[self.result.shows_molecule]
 
+    @checked
     def transform(self, other: Result | Tensor) -> np.ndarray:
         """(n, k) scores in Å of other particles or conformations.
 
@@ -177,8 +180,9 @@ class PrincipalMotions:
             )
         return _projected(values.numpy(), self.mean, self.components)
 
+    @checked
     def traverse(
-        self, component: int = 0, n: int = 11, percentiles: tuple[float, float] = (5, 95)
+        self, component: Ordinal = 0, n: Count = 11, percentiles: tuple[Percent, Percent] = (5, 95)
     ) -> Tensor:
         """(n, p) latents evenly along a component; what is not of the component stays at the mean.
 
@@ -210,11 +214,12 @@ class PrincipalMotions:
         return f"PrincipalMotions({self.label}: {shares})"
 
 
+@checked
 def compute_pca(
     result: Result,
     chain: str | None = None,
     kind: str = "all",
-    n_components: int = 5,
+    n_components: Count = 5,
     frame: str | None = None,
 ) -> PrincipalMotions:
     """Principal motions of the particles, of one chain or all, of one kind of motion or all.
@@ -258,8 +263,6 @@ def compute_pca(
     result = result.in_frame(frame)
     wanted = _chosen_latents(result, chain, kind)
     require_finite_latents(result.latents)
-    if n_components < 1:
-        raise ValueError(f"expected one component or more, got {n_components}; try 5")
     shown = np.flatnonzero(result.shows_molecule)
     n_components = min(n_components, int(wanted.sum()), len(shown))
     if n_components < 1 or len(shown) < 2:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from .._arguments import BY_FUNCTION, Count, checked
 from .._files import atomic_path
 from ..images import positions
 from ..inference import Result, posterior_covariance
@@ -44,6 +46,7 @@ def point_density(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
+@checked
 def particle_columns(result: Result, others: pd.DataFrame | None = None) -> pd.DataFrame:
     """What is known of each particle besides its latents, in numbers to colour the points by.
 
@@ -157,7 +160,8 @@ def atom_uncertainty(dynamics: Dynamics, latents: Tensor, covariance: Tensor) ->
     return torch.cat(parts).cpu().numpy()
 
 
-def average_covariance(result: Result, n: int = 32) -> Tensor:
+@checked
+def average_covariance(result: Result, n: Count = 32) -> Tensor:
     """(p, p) posterior covariance of the latents of a typical particle, in the result's frame.
 
     Of a refined result with its particles, the mean of `n` particles'; else of the error bars
@@ -187,6 +191,7 @@ def average_covariance(result: Result, n: int = 32) -> Tensor:
     return result.std[shown].square().mean(0).diag()
 
 
+@checked
 def component_errors(motions: PrincipalMotions, covariance: Tensor) -> np.ndarray:
     """(k,) Å, the error bar of a particle's score on each component: √(vᵀ C v).
 
@@ -224,10 +229,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@checked
 def save_selection(
     folder: str | os.PathLike,
     motions: PrincipalMotions,
-    rows: slice | Sequence[int] | np.ndarray | Tensor,
+    rows: Annotated[slice | Sequence[int] | np.ndarray | Tensor, BY_FUNCTION],
 ) -> Path:
     """Write the particles at `rows` of a result as selection-1.csv (or -2, …): row, id, scores.
 

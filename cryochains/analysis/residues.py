@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 
+from .._arguments import checked
 from ..inference import Result
 from ..molecule import compare_beads
 
 
+@checked
 def density_table(result: Result) -> pd.DataFrame:
     """One row a residue: how much of it the images show, and density that the reference lacks.
 

@@ -2,12 +2,16 @@
 
 import pandas as pd
 
+from .._arguments import Ordinal, Percent, checked
 from ..molecule import change_sentence, describe_change
 from .motions import PrincipalMotions
 
 
+@checked
 def describe_motion(
-    motions: PrincipalMotions, component: int = 0, percentiles: tuple[float, float] = (5, 95)
+    motions: PrincipalMotions,
+    component: Ordinal = 0,
+    percentiles: tuple[Percent, Percent] = (5, 95),
 ) -> pd.DataFrame:
     """Motion of every chain seen from every other along a component: `describe_change` of its ends.
 
@@ -39,8 +43,11 @@ def describe_motion(
     return describe_change(motions.model.structure, before, after)
 
 
+@checked
 def motion_sentence(
-    motions: PrincipalMotions, component: int = 0, percentiles: tuple[float, float] = (5, 95)
+    motions: PrincipalMotions,
+    component: Ordinal = 0,
+    percentiles: tuple[Percent, Percent] = (5, 95),
 ) -> str:
     """One to three short sentences that say what a component does, as of `describe_motion`.
 

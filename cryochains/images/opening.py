@@ -250,7 +250,7 @@ def _warn_of_ways_out(table: _Table, names: ImageNames) -> None:
         warnings.warn(
             f"{table.path} names images that are outside of its folders: {outside[0]} in row "
             f"{row + 1}{more}. They are read; a copy of the project does not have them",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -265,7 +265,7 @@ def _warn_of_duplicates(table: _Table, names: ImageNames) -> None:
         warnings.warn(
             f"{table.path} names the same image more than once: row {', row '.join(pairs)}{more}. "
             "They are read as they are; what is looked up by a particle's id finds one of them",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -318,7 +318,7 @@ def _compare_headers(
     if doubtful:
         warnings.warn(
             f"{table.path} has {doubtful}; the table's is taken, pixel_size= takes another",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -502,7 +502,7 @@ def _warn_of_rescaling(table: _Table, sizes: np.ndarray, boxes: np.ndarray, grid
         f"{table.path} has images of {', '.join(listed[:_SHOWN_KINDS])}{more}: all are brought to "
         f"{grid.box_size} px × {grid.pixel_size:g} Å as they are read; optics_group= chooses "
         "another group's",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -559,5 +559,5 @@ def warn_of_ignored(path: Path, ignored: list[str]) -> None:
         warnings.warn(
             f"{path} has {', '.join(ignored)}: the images are not corrected for that. At the "
             "resolution of motions it matters little",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._arguments import BY_FUNCTION, WITH_NAN, Angstroms, Count, Positive, Seed, Share, checked
+from .._devices import choose_device
 from .._files import content_digest
 from . import cryosparc, relion
 from .cryosparc import CryosparcTable
@@ -38,6 +40,18 @@ from .stacks import Images, Rows, positions
 _ROTATION_TOLERANCE = 1e-3
 # Images read at a time while a stack is written.
 _SAVED_CHUNK = 256
+# What a source may say of how to open a file.
+_SOURCE_ARGUMENTS = (
+    "invert",
+    "box_size",
+    "datadir",
+    "passthrough",
+    "optics_group",
+    "pixel_size",
+    "voltage_kv",
+    "spherical_aberration_mm",
+    "amplitude_contrast",
+)
 # Images that tell a stack from another.
 _DIGESTED_IMAGES = 8
 
@@ -156,25 +170,21 @@ class ParticleStack:
     # Columns of the file are written again as they were.
     _origin: _Origin | None
 
+    @checked
     def __init__(
         self,
-        images: Images | Tensor | np.ndarray,
+        images: Images | Annotated[Tensor | np.ndarray, WITH_NAN],
         rotations: Tensor | np.ndarray,
         shifts: Tensor | np.ndarray | None = None,
         *,
-        pixel_size: float,
+        pixel_size: Angstroms,
         ctf: CTF | None = None,
-        ids: Sequence[str | int] | np.ndarray | Tensor | None = None,
+        ids: Annotated[Sequence[str | int] | np.ndarray | Tensor | None, BY_FUNCTION] = None,
         rows: Sequence[int] | np.ndarray | None = None,
         truth: _PerParticle | None = None,
         _origin: _Origin | None = None,
     ) -> None:
         images = _as_images(images)
-        if not pixel_size > 0:
-            raise ValueError(
-                f"expected a positive pixel size in Å, got {pixel_size}; "
-                "try that of the micrographs times their binning"
-            )
         n = len(images)
         if shifts is None:
             shifts = torch.zeros(n, 2)
@@ -197,10 +207,6 @@ class ParticleStack:
             object.__setattr__(self, name, value)
         self._check_shapes()
         _check_rotations(self.rotations)
-        if not torch.isfinite(self.shifts).all():
-            raise ValueError(
-                "expected finite shifts in Å, got NaN or Inf; try zeros where they are unknown"
-            )
 
     def _check_shapes(self) -> None:
         n = len(self)
@@ -340,11 +346,12 @@ class ParticleStack:
         """(n, box, box) float32 images at these positions; only they are read."""
         return self.images[positions(rows, len(self))].read()
 
+    @checked
     def batches(
         self,
-        batch_size: int = 64,
+        batch_size: Count = 64,
         device: torch.device | str | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         progress: str | None = None,
         images: bool = True,
         require_finite: bool = True,
@@ -370,8 +377,8 @@ class ParticleStack:
         ValueError
             For a batch size below 1, or an image that holds NaN or Inf.
         """
-        if batch_size < 1:
-            raise ValueError(f"expected a batch size of 1 or more, got {batch_size}; try 64")
+        if device is not None:
+            device = choose_device(device)
         n = len(self)
         order = np.arange(n) if seed is None else np.random.default_rng(seed).permutation(n)
         with tqdm(total=n, desc=progress, unit="particle", disable=progress is None) as bar:
@@ -398,8 +405,9 @@ class ParticleStack:
             ctf=transfer,
         )
 
+    @checked
     def split(
-        self, train: float = 0.8, validation: float = 0.1, test: float = 0.1, seed: int = 0
+        self, train: Share = 0.8, validation: Share = 0.1, test: Share = 0.1, seed: Seed = 0
     ) -> tuple["ParticleStack", "ParticleStack", "ParticleStack"]:
         """Three stacks that share no particle, drawn at random, each in the order of this one.
 
@@ -409,7 +417,7 @@ class ParticleStack:
             When a fraction is negative or they add up to more than 1.
         """
         fractions = np.array([train, validation, test], dtype=np.float64)
-        if (fractions < 0).any() or fractions.sum() > 1 + 1e-9:
+        if fractions.sum() > 1 + 1e-9:
             raise ValueError(
                 f"expected fractions that add up to 1 or less, got {train}, {validation} and "
                 f"{test}; try 0.8, 0.1 and 0.1"
@@ -419,6 +427,7 @@ class ParticleStack:
         first, second, third = np.split(order, ends)[:3]
         return self[np.sort(first)], self[np.sort(second)], self[np.sort(third)]
 
+    @checked
     def save(
         self,
         path: str | os.PathLike,
@@ -600,6 +609,7 @@ class ParticleStack:
         return int(boxes[0]), float(sizes[0]) * self.pixel_size / images.grid.pixel_size
 
 
+@checked
 def load_particles(
     path: str | os.PathLike,
     invert: bool = False,
@@ -608,10 +618,10 @@ def load_particles(
     datadir: str | os.PathLike | None = None,
     passthrough: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     optics_group: str | int | None = None,
-    pixel_size: float | None = None,
-    voltage_kv: float | None = None,
+    pixel_size: Angstroms | None = None,
+    voltage_kv: Positive | None = None,
     spherical_aberration_mm: float | None = None,
-    amplitude_contrast: float | None = None,
+    amplitude_contrast: Share | None = None,
 ) -> ParticleStack:
     """Open the particles of a RELION .star or a cryoSPARC .cs file; images stay on disk.
 
@@ -714,6 +724,7 @@ def load_particles(
     return replace(particles, _origin=_Origin(source, table, known, particles))
 
 
+@checked
 def open_source(source: Mapping[str, Any], path: str | os.PathLike | None = None) -> ParticleStack:
     """The particles that a `ParticleStack.source` tells of.
 
@@ -739,6 +750,12 @@ def open_source(source: Mapping[str, Any], path: str | os.PathLike | None = None
     ParticleStack(4 particles of 8 px × 4 Å, no CTF, four.mrcs)
     """
     arguments = {name: value for name, value in source.items() if name not in ("star", "cs")}
+    unknown = sorted(set(arguments) - set(_SOURCE_ARGUMENTS))
+    if unknown:
+        raise ValueError(
+            f"expected a source with {', '.join(_SOURCE_ARGUMENTS)}, got {', '.join(unknown)}; try "
+            "load_particles(path)"
+        )
     return load_particles(source_path(source) if path is None else path, **arguments)
 
 
@@ -750,7 +767,13 @@ def source_path(source: Mapping[str, Any]) -> str:
     >>> source_path({"cs": "/data/a.cs", "invert": False})
     '/data/a.cs'
     """
-    return source["star"] if "star" in source else source["cs"]
+    path = source.get("star", source.get("cs"))
+    if not isinstance(path, str):
+        raise ValueError(
+            "expected a source with the path of a .star or .cs file, got one with "
+            f"{sorted(map(str, source))}; try that of load_particles(path)"
+        )
+    return path
 
 
 def _as_paths(

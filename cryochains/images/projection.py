@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._arguments import Count, Seed, checked
+
 # exp of very negative numbers underflows, and matrix products of denormal numbers are 30 times
 # slower on a CPU. e⁻²⁵ is zero beside 1 in float32, and the products of two such with amplitudes
 # and tangents are still normal numbers.
@@ -220,7 +222,8 @@ def gaussian_transfer(
     return torch.exp(exponent.clamp_(min=MIN_EXPONENT))
 
 
-def random_rotations(n: int, seed: int) -> Tensor:
+@checked
+def random_rotations(n: Count, seed: Seed) -> Tensor:
     """(n, 3, 3) float32 rotations, uniform on SO(3) and reproducible.
 
     Examples

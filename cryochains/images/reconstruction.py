@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Angstroms, Count, Point, Seed, Volume, checked
 from .._devices import choose_device
 from .._files import atomic_path
 from .._processes import is_first, own_share, require_same, total
@@ -101,6 +102,7 @@ class Map:
         """Shells before the first whose half maps correlate by less than 0.143; all without."""
         return self.box_size // 2 + 1 if self.fsc is None else _n_resolved(self.fsc)
 
+    @checked
     def save(self, path: str | os.PathLike) -> Path:
         """Write `volume` as .mrc, such that it lies over the structure in ChimeraX.
 
@@ -130,6 +132,7 @@ class Map:
         return f"Map({', '.join(parts)})"
 
 
+@checked
 def reconstruct(
     particles: ParticleStack,
     *,
@@ -137,9 +140,9 @@ def reconstruct(
     scale: Sequence[float] | np.ndarray | Tensor | None = None,
     half_maps: bool = True,
     mask: np.ndarray | None = None,
-    origin: Sequence[float] | np.ndarray | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    origin: Point | None = None,
+    batch_size: Count = 64,
+    seed: Seed = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Map:
@@ -236,7 +239,8 @@ def reconstruct(
     return Map(volume, gain=gain, **known)
 
 
-def compute_fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+@checked
+def compute_fsc(a: Volume, b: Volume) -> np.ndarray:
     """(box // 2 + 1,) Fourier shell correlation of two (box, box, box) volumes.
 
     On shells one Fourier pixel wide; zero where one of them is zero.
@@ -247,6 +251,10 @@ def compute_fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     >>> compute_fsc(volume, 2 * volume).round(6).tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    if a.shape != b.shape or len(set(a.shape)) > 1:
+        raise ValueError(
+            f"expected cubes of one box, got {a.shape} and {b.shape}; try maps of one size"
+        )
     first, second = transform_volume(a), transform_volume(b)
     product = sum_shells((first * second.conj()).real)
     powers = sum_shells(first.abs().square()) * sum_shells(second.abs().square())
@@ -348,11 +356,12 @@ def draw_volume(
     return untransform_volume(spectrum)
 
 
+@checked
 def write_volume(
     path: str | os.PathLike,
-    volume: np.ndarray,
-    pixel_size: float,
-    corner: np.ndarray | Sequence[float],
+    volume: Volume,
+    pixel_size: Angstroms,
+    corner: Point,
 ) -> None:
     """Write a (z, y, x) volume as an MRC file in float32.
 

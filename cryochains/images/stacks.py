@@ -29,6 +29,8 @@ _HEADER_BYTES = 1024
 _GZIP = b"\x1f\x8b"
 # Compressed stacks that are kept unpacked at a time, in files without a name.
 _MAX_UNPACKED_STACKS = 128
+# Characters of an index that is none, in a sentence.
+_SHOWN_TEXT = 80
 # Larger numbers are no header of particle images.
 _MAX_BOX = 32_768
 _MAX_EXTENDED_HEADER = 1 << 28
@@ -464,14 +466,40 @@ def positions(rows: Rows, n: int) -> np.ndarray:
     >>> positions([0, -1], 5).tolist(), positions(slice(None, None, 2), 5).tolist()
     ([0, 4], [0, 2, 4])
     """
-    index = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+    index = rows if isinstance(rows, slice) else _as_index(rows, n)
     try:
         return np.array(np.arange(n)[index], ndmin=1)
-    except IndexError as error:
-        raise IndexError(
-            f"expected positions within {n} particles, got {np.asarray(index)} ({error}); "
-            f"try numbers from 0 to {n - 1}, or a mask of {n}"
-        ) from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise _no_positions(rows, n, str(error)) from error
+
+
+def _as_index(rows: int | Sequence[int] | np.ndarray | Tensor, n: int) -> np.ndarray:
+    """Whole numbers (k,) or one, or a mask (n,)."""
+    index = rows.cpu().numpy() if isinstance(rows, Tensor) else rows
+    if isinstance(index, (list, tuple)) and len(set(map(type, index)) & {bool, int}) > 1:
+        raise _no_positions(rows, n, "numbers and True or False")
+    if not isinstance(index, (int, np.integer, Sequence)) and not hasattr(index, "__array__"):
+        raise _no_positions(type(rows).__name__, n, "neither numbers nor a mask")
+    try:
+        array = np.asarray(index)
+    except ValueError as error:
+        raise _no_positions(rows, n, str(error)) from error
+    if array.size == 0 and array.ndim == 1:
+        return array.astype(np.int64)
+    is_mask = array.dtype == bool and array.ndim == 1
+    if not is_mask and (array.dtype.kind not in "iu" or array.ndim > 1):
+        raise _no_positions(rows, n, f"{array.dtype} of shape {array.shape}")
+    return array
+
+
+def _no_positions(rows: object, n: int, reason: str) -> IndexError:
+    got = " ".join(str(rows).split())
+    if len(got) > _SHOWN_TEXT:
+        got = f"{got[:_SHOWN_TEXT]}…"
+    return IndexError(
+        f"expected positions within {n} particles, got {got} ({' '.join(reason.split())}); "
+        f"try numbers from 0 to {n - 1}, or a mask of {n}"
+    )
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
+from .._arguments import LatentRows, checked
 from ..model import Model
 from ..molecule import Structure, rigid_fit
 
@@ -30,8 +30,9 @@ class _ChainBending:
     expressed: float
 
 
+@checked
 def measure_bending(
-    model: Model, latents: Tensor, domains: Structure | None
+    model: Model, latents: LatentRows, domains: Structure | None
 ) -> tuple[_ChainBending, ...]:
     """How far each body bends in conformations `latents` (n, p).
 

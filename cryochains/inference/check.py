@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .._arguments import Count, checked
 from .._devices import choose_device
 from ..images import ParticleStack
 from ..model import Model, Population, elastic_variance, require_same_images
@@ -246,11 +247,12 @@ class Check:
 _MARKS = {"green": "#00704F", "yellow": "#A85F00", "red": "#C0182B"}
 
 
+@checked
 def check(
     model: Model,
     particles: ParticleStack,
     *,
-    n: int = 500,
+    n: Count = 500,
     device: str | torch.device | None = None,
 ) -> Check:
     """Look whether the particles show the reference as their table says, before a refinement.
@@ -296,8 +298,6 @@ def check(
     >>> check(Model(closed, inverse, modes=None), inverse)["rotations"].status
     'red'
     """
-    if n < 1:
-        raise ValueError(f"expected n of 1 image or more, got {n}; try 500")
     require_same_images(model, particles)
     model = model.to(choose_device(device))
     n = min(n, len(particles), affordable_images(model))

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .._arguments import Count, checked
 from .._devices import choose_device
 from .._files import load_tensors, save_tensors
 from .._processes import gather, own_share
@@ -204,6 +205,7 @@ class Encoder:
     contrast: float
     history: Sequence[Mapping]
 
+    @checked
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all, that `load_encoder` opens alone."""
         tensors, model_meta = pack_model(self.model)
@@ -233,6 +235,7 @@ def new_network(model: Model, width: float, pool: str, seed: int) -> EncoderNetw
         return EncoderNetwork(model.dynamics, model.box_size, width, pool)
 
 
+@checked
 def load_encoder(path: str | os.PathLike) -> Encoder:
     """Open an encoder that ``Encoder.save`` wrote; nothing else is needed.
 
@@ -267,20 +270,23 @@ def load_encoder(path: str | os.PathLike) -> Encoder:
         network.load_state_dict(weights)
         history = tuple(meta["history"])
         contrast = float(meta["contrast"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        # torch names every weight, a line each.
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"expected an encoder file, got one that is damaged at {path} "
-            f"({type(error).__name__}: {error}); try another copy of it"
+            f"({type(error).__name__}: {reason}); try another copy of it"
         ) from error
     return Encoder(model, network.eval(), contrast, history)
 
 
 @torch.no_grad()
+@checked
 def encode(
     encoder: Encoder,
     particles: ParticleStack,
     *,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     device: str | torch.device | None = None,
 ) -> Result:
     """The encoder's latents of every particle, without error bars.

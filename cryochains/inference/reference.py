@@ -25,6 +25,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._arguments import Count, checked
 from .._devices import choose_device
 from ..images import Batch, ParticleStack
 from ..model import Microscope, Model, Population, beads_of, rotvec_to_matrix
@@ -394,8 +395,9 @@ def _most_probable_beads(model: Model, views: list[_View], extra: Beads, progres
 # Shape
 
 
+@checked
 def correct_reference(
-    result: Result, *, n_particles: int = 4000, device: str | torch.device | None = None
+    result: Result, *, n_particles: Count = 4000, device: str | torch.device | None = None
 ) -> Structure:
     """The model's reference, with the shape that the refined particles have in common.
 

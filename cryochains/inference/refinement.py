@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Count, Latents, NotNegative, Seed, checked
 from .._devices import choose_device
 from .._processes import from_first, n_processes, require_same
 from ..images import ParticleStack
@@ -79,17 +80,18 @@ _DENSITY_BLURS = (4.0, 0.0)
 _STATE_NAMES = rf"{BLOCK_NAME}\d+(-beads\d)?"
 
 
+@checked
 def refine(
     model: Model,
     particles: ParticleStack,
     population: Population | None = None,
     *,
-    start: Result | Tensor | None = None,
-    blurs: Sequence[float] | None = None,
-    n_population: int = 4000,
-    batch_size: int = 64,
+    start: Result | Latents | None = None,
+    blurs: NotNegative | Sequence[NotNegative] | None = None,
+    n_population: Count = 4000,
+    batch_size: Count = 64,
     check: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -235,12 +237,13 @@ def remove_run_states(path: str | os.PathLike) -> None:
     RunFolder(Path(path), RUN_KIND, _STATE_NAMES).remove_states()
 
 
+@checked
 def estimate(
     model: Model,
     particles: ParticleStack,
     population: Population,
     *,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Result:
@@ -398,7 +401,7 @@ def _warn_of(left_out: np.ndarray, broken: np.ndarray, ids: np.ndarray) -> None:
     finite[torch.from_numpy(broken)] = False
     problem = image_model.describe_unusable(usable, finite, ids.tolist())
     if problem is not None:
-        warnings.warn(problem, stacklevel=3)
+        warnings.warn(problem, stacklevel=4)
 
 
 def _checked_start(

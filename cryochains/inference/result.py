@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Latents, check_fields, checked
 from .._devices import choose_device
 from .._files import load_tensors, pack_text, save_tensors, unpack_text
 from ..images import ParticleStack, open_source, plain_ids, positions, source_path
@@ -51,6 +52,8 @@ RESULT_KIND = "result"
 RESULT_FILE = "result.safetensors"
 # Particles whose conformations the verdict looks at.
 _JUDGED = 2000
+# Nothing else is opened, whatever a file says of where its particles came from.
+_TABLE_SUFFIXES = (".star", ".cs")
 # What is known of each particle besides its latents.
 _COLUMNS = ("scale", "noise", "misfit", "responsibility")
 _ANSWER_KINDS = ("refined", "estimated", "encoded", "given")
@@ -132,16 +135,16 @@ class Result:
     """
 
     model: Model
-    latents: Tensor
-    std: Tensor | None = None
+    latents: Latents
+    std: Latents | None = None
     population: Population | None = None
     particles: ParticleStack | None = None
     # None only while a result is made: numbers from 1, or the particles' own.
     ids: Any = None
-    scale: Any = None
-    noise: Tensor | None = None
-    misfit: Tensor | None = None
-    responsibility: Tensor | None = None
+    scale: Latents = None  # type: ignore[assignment]
+    noise: Latents | None = None
+    misfit: Latents | None = None
+    responsibility: Latents | None = None
     history: Sequence[Mapping] = ()
     kind: str = "given"
     particles_digest: str | None = None
@@ -150,6 +153,7 @@ class Result:
     _given: _Given | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in _ANSWER_KINDS:
             kinds = ", ".join(map(repr, _ANSWER_KINDS))
             raise ValueError(
@@ -305,6 +309,7 @@ class Result:
         # The last of two steps is still a long one, and ends where it should.
         return Verdict(tuple(part for part in verdict.findings if part.name != "convergence"))
 
+    @checked
     def in_frame(self, frame: str | None = MOLECULE) -> "Result":
         """The same conformations in another frame, with particles whose poses are corrected for it.
 
@@ -383,6 +388,7 @@ class Result:
         frame = MOLECULE if self.frame == POSES else self.frame
         return pose_correction(self.model, given.latents, given.std, given.particles, frame)
 
+    @checked
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all, that opens without anything else.
 
@@ -437,6 +443,7 @@ class Result:
         return f"Result({', '.join(parts)})"
 
 
+@checked
 def load_result(path: str | os.PathLike, particles: ParticleStack | None = None) -> Result:
     """Open a result that ``Result.save`` wrote; nothing else is needed.
 
@@ -448,7 +455,9 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
         The particles of the result, in any order, possibly among others: they are found by id, and
         have the given poses, whatever the frame of the result. By default they are opened from the
         .star or .cs file they came from, where it still is: first beside the result's file as it
-        was, then at its absolute path.
+        was, then at its absolute path. A result of someone else names paths on this machine too:
+        only tables with these suffixes are opened, nothing is fetched, and particles with other
+        ids, poses or CTFs than those that the result was made of are left out, with a warning.
 
     Returns
     -------
@@ -475,6 +484,9 @@ def load_result(path: str | os.PathLike, particles: ParticleStack | None = None)
     try:
         result = _unpack_result(tensors, meta)
         source = meta["source"]
+        if source is not None:
+            source = {**source, "relative": str(source["relative"])}
+            source_path(source)
         frame = meta["frame"]
         digests = (meta["digest"], meta["images"])
         rows = None if source is None else tensors["rows"].numpy()
@@ -517,7 +529,7 @@ def _reopen(source: dict, rows: np.ndarray, digests: tuple, folder: Path) -> Par
     reason = "it is not there"
     arguments = {name: value for name, value in source.items() if name != "relative"}
     for table in (folder / source["relative"], Path(source_path(source))):
-        if not table.is_file():
+        if table.suffix not in _TABLE_SUFFIXES or not table.is_file():
             continue
         try:
             stack = open_source(arguments, table)[rows]
@@ -533,7 +545,7 @@ def _reopen(source: dict, rows: np.ndarray, digests: tuple, folder: Path) -> Par
     warnings.warn(
         f"the result opens without its particles: {source_path(source)} was read when it was made, "
         f"and now {reason}; try load_result(path, particles=…)",
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 
@@ -558,6 +570,7 @@ def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 @torch.no_grad()
+@checked
 def posterior_covariance(result: Result, rows, device: str | torch.device | None = None) -> Tensor:
     """(k, p, p) posterior covariance of the particles at `rows`, in latent units (about Å²).
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Latents, checked
 from .._devices import choose_device
 from ..images import ParticleStack
 from ..model import (
@@ -43,6 +44,7 @@ class _Components(Protocol):
         """(N, k) scores of the particles of a result."""
 
 
+@checked
 def rmsd(coords: Tensor, truth: Tensor) -> Tensor:
     """(b,) RMSD in Å of (b, n_atoms, 3) coordinates, without re-superposition.
 
@@ -100,6 +102,7 @@ class Scores:
 
 
 @torch.no_grad()
+@checked
 def score(result: Result, motions: _Components | None = None, frame: str | None = None) -> Scores:
     """Score a result against the truth that its simulated particles carry.
 
@@ -184,6 +187,7 @@ def _scored_frame(model: Model, frame: str | None) -> str:
     return frame
 
 
+@checked
 def correlation(component: np.ndarray | Tensor, coordinate: np.ndarray | Tensor) -> float:
     """|Spearman| correlation of two coordinates (N,): the sign of a component is arbitrary.
 
@@ -197,6 +201,7 @@ def correlation(component: np.ndarray | Tensor, coordinate: np.ndarray | Tensor)
     return abs(float(spearmanr(np.asarray(component), np.asarray(coordinate)).statistic))
 
 
+@checked
 def true_latents(model: Model, particles: ParticleStack) -> tuple[Tensor, Tensor]:
     """Best latents of each particle's true conformation (N, p), and the manifold floor (N,) in Å.
 
@@ -215,8 +220,9 @@ def true_latents(model: Model, particles: ParticleStack) -> tuple[Tensor, Tensor
     return torch.cat(latents)[row_of_particle], torch.cat(floors)[row_of_particle]
 
 
+@checked
 def true_population(
-    model: Model, particles: ParticleStack, latents: Tensor | None = None
+    model: Model, particles: ParticleStack, latents: Latents | None = None
 ) -> Population:
     """The population that simulated `particles` were drawn from: of true latents and true noise.
 
@@ -224,6 +230,7 @@ def true_population(
     """
     if latents is None:
         latents, _ = true_latents(model, particles)
+    require_latents(latents, len(particles), model, "true latents")
     z = latents.cpu().double()
     off = z - z.mean(0)
     # A morph moves in few directions only; 10⁻³ Å keeps its covariance invertible.
@@ -235,11 +242,12 @@ def true_population(
 
 
 @torch.no_grad()
+@checked
 def information_limit(
     model: Model,
     particles: ParticleStack,
     population: Population | None = None,
-    latents: Tensor | None = None,
+    latents: Latents | None = None,
     *,
     frame: str | None = None,
     device: str | torch.device | None = None,

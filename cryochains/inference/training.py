@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._arguments import Count, Positive, Seed, checked
 from .._devices import choose_device
 from .._files import content_digest
 from .._processes import is_first, n_processes, own_share, require_same, total
@@ -30,19 +31,20 @@ from .scores import score
 _STATE = "training"
 
 
+@checked
 def train_encoder(
     model: Model,
     train: ParticleStack,
     validation: ParticleStack,
     *,
-    width: float = 1.0,
+    width: Positive = 1.0,
     pool: str = "block",
-    epochs: int = 20,
-    batch_size: int = 64,
-    learning_rate: float = 3e-4,
-    patience: int = 5,
+    epochs: Count = 20,
+    batch_size: Count = 64,
+    learning_rate: Positive = 3e-4,
+    patience: Count = 5,
     precision: str = "no",
-    seed: int = 0,
+    seed: Seed = 0,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -183,7 +185,8 @@ class _Training:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
             latents = self.network(batch.images)
         # The projection stays in float32: half precision there costs more accuracy than time.
-        expected = contrast * self.model.render(latents.float(), *batch.pose)
+        coords = self.model.bead_dynamics.decode(latents.float())
+        expected = contrast * self.model.microscope.render(coords, *batch.pose)
         return (expected - batch.images).square().mean()
 
 

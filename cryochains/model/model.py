@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Angstroms, Count, Ordinal, Rotations, checked
+from .._devices import present_device
 from .._files import content_digest
 from ..images import ParticleStack
 from ..molecule import Beads, Modes, Structure, atom_beads, compute_modes, residue_beads
@@ -88,21 +90,20 @@ class Model:
     sigma: float | None
     beads: Beads
 
+    @checked
     def __init__(
         self,
         structure: Structure,
         particles: ParticleStack | None = None,
         *,
-        modes: Modes | int | Sequence[int] | None = 50,
+        modes: Modes | Ordinal | Sequence[Ordinal] | None = 50,
         rotation: bool = True,
         translation: bool = True,
-        sigma: float | None = None,
-        box_size: int | None = None,
-        pixel_size: float | None = None,
+        sigma: Angstroms | None = None,
+        box_size: Count | None = None,
+        pixel_size: Angstroms | None = None,
     ) -> None:
         box_size, pixel_size = _image_size(particles, box_size, pixel_size)
-        if sigma is not None and not 0 < sigma < np.inf:
-            raise ValueError(f"expected a positive sigma in Å, got {sigma}; try 2.0, or None")
         beads = beads_of(structure, sigma)
         microscope = Microscope(beads.weights, box_size, pixel_size, structure.origin, beads.widths)
         require_fit_in_box(structure.coords, structure.origin, box_size, pixel_size)
@@ -163,13 +164,15 @@ class Model:
         share = np.bincount(self.structure.chain_index) / self.structure.n_atoms
         return torch.from_numpy(share[self.dynamics.latent_chain]).float().to(self.device)
 
+    @checked
     def to(self, device: str | torch.device) -> "Model":
         """The same model computed on another device; itself where it is there already."""
-        device = torch.device(device)
+        device = present_device(device)
         if device == self.device:
             return self
         return self._copy(self.dynamics.to(device), self.microscope.to(device), self.beads)
 
+    @checked
     def with_beads(self, beads: Beads | None) -> "Model":
         """The same motions drawn with other beads, such as were learned; None leaves all as it is.
 
@@ -188,20 +191,42 @@ class Model:
         object.__setattr__(copy, "bead_dynamics", dynamics.with_beads(beads))
         return copy
 
+    @checked
     def decode(self, latents: Tensor) -> Tensor:
         """(…, n_atoms, 3) coordinates in Å of (…, p) latents."""
         return self.dynamics.decode(latents)
 
+    @checked
     def render(
         self,
         latents: Tensor,
-        rotations: Tensor,
+        rotations: Rotations,
         shifts: Tensor | None = None,
         ctf: Tensor | None = None,
     ) -> Tensor:
         """(b, box, box) noise-free images of (b, p) latents at the given poses, at brightness 1."""
         coords = self.bead_dynamics.decode(latents)
+        self._require_poses(len(coords), rotations, shifts, ctf)
         return self.microscope.render(coords, rotations, shifts, ctf)
+
+    def _require_poses(
+        self, n: int, rotations: Tensor, shifts: Tensor | None, ctf: Tensor | None
+    ) -> None:
+        box = self.box_size
+        expected = {
+            "rotations": (rotations, (n, 3, 3)),
+            "shifts": (shifts, (n, 2)),
+            "ctf": (ctf, (n, box, box // 2 + 1)),
+        }
+        for name, (values, shape) in expected.items():
+            if values is None:
+                continue
+            # One for all is as good as one for each.
+            if tuple(values.shape) not in (shape, (1, *shape[1:])):
+                raise ValueError(
+                    f"expected {name} {shape}, one a row of latents, got {tuple(values.shape)}; "
+                    "try those of the same particles"
+                )
 
     @cached_property
     def fingerprint(self) -> dict:

@@ -12,6 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import (
+    NotNegative,
+    Ordinal,
+    Positive,
+    PositiveOrInfinite,
+    Share,
+    check_fields,
+    checked,
+)
 from .._files import load_tensors, save_tensors
 from ..molecule import BONDED_DISTANCE, Beads
 from .dynamics import KINDS, Dynamics
@@ -29,6 +38,8 @@ _JOINT_GAP = 2.0
 # What is thought of the variances before any image was seen counts as much as so many particles.
 _PRIOR_PARTICLES = 20
 PRETRAINED_FOLDER = Path(__file__).resolve().parent.parent / "data"
+# Of log brightness; images of one set differ by factors, not by powers of ten.
+_MOST_SPREAD = 100.0
 _POPULATION_KIND = "population"
 _BEADS = "beads/"
 _NUMBERS = ("noise_std", "contrast", "contrast_spread", "noise_pixels", "junk_share", "rank")
@@ -70,17 +81,18 @@ class Population:
 
     mean: Tensor
     covariance: Tensor
-    noise_std: float
-    contrast: float
+    noise_std: NotNegative
+    contrast: Positive
     fingerprint: dict
-    contrast_spread: float = 0.05
-    noise_pixels: float = 1e6
+    contrast_spread: Positive = 0.05
+    noise_pixels: PositiveOrInfinite = 1e6
     noise_spectrum: Tensor | None = None
-    junk_share: float = 0.02
+    junk_share: Share = 0.02
     beads: Beads | None = None
-    rank: int | None = None
+    rank: Ordinal | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         p = len(self.mean)
         if tuple(self.mean.shape) != (p,) or tuple(self.covariance.shape) != (p, p):
             raise ValueError(
@@ -88,21 +100,13 @@ class Population:
                 f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}; try those of one "
                 "model"
             )
-        positive = (self.contrast, self.contrast_spread, self.noise_pixels)
-        if (
-            not all(value > 0 for value in positive)
-            or self.contrast == np.inf
-            or not 0 < self.junk_share < 1
-        ):
+        if self.contrast_spread > _MOST_SPREAD or not 0 < self.junk_share < 1:
             raise ValueError(
-                "expected positive contrast, contrast_spread and noise_pixels, and a junk_share "
-                f"between 0 and 1, got {positive} and {self.junk_share:g}; try the defaults"
-            )
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0):
-            raise ValueError(
-                f"expected a rank of 0 or more, got {self.rank!r}; try None where it is not known"
+                f"expected a contrast_spread of at most {_MOST_SPREAD:g} and a junk_share between "
+                f"0 and 1, got {self.contrast_spread:g} and {self.junk_share:g}; try the defaults"
             )
 
+    @checked
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all; no coordinates but of learned beads."""
         meta = {"kind": _POPULATION_KIND, **self.description()}
@@ -152,6 +156,7 @@ def _unpack_beads(tensors: dict[str, Tensor]) -> Beads | None:
     return Beads(**arrays) if arrays else None
 
 
+@checked
 def load_population(name: str | os.PathLike) -> Population:
     """A population that was learned before: start `refine` with it.
 

@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._arguments import WITH_NAN, Angstroms, Count, Decibels, NotNegative, Seed, checked
 from .._devices import choose_device
 from ..images import (
     CTF,
@@ -49,23 +51,24 @@ _N_FOR_SNR = 512
 _FRAMES, _SHIFTS, _OPTICS, _NOISE = range(4)
 
 
+@checked
 def simulate_particles(
     structure: Structure,
-    n_particles: int,
+    n_particles: Count,
     *,
-    conformations: np.ndarray | Tensor | None = None,
+    conformations: Annotated[np.ndarray | Tensor, WITH_NAN] | None = None,
     dynamics: Dynamics | None = None,
-    latents: np.ndarray | Tensor | None = None,
-    box_size: int = 64,
-    pixel_size: float | None = None,
-    snr_db: float = 0.0,
-    sigma: float | None = None,
+    latents: Annotated[np.ndarray | Tensor, WITH_NAN] | None = None,
+    box_size: Count = 64,
+    pixel_size: Angstroms | None = None,
+    snr_db: Decibels = 0.0,
+    sigma: Angstroms | None = None,
     ctf: bool | Mapping = True,
-    shift_std: float = 0.0,
-    seed: int = 0,
+    shift_std: NotNegative = 0.0,
+    seed: Seed = 0,
     path: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
-    chunk_size: int = 256,
+    chunk_size: Count = 256,
     progress: bool = True,
 ) -> ParticleStack:
     """Simulate particle images of a molecule that moves.
@@ -128,10 +131,6 @@ def simulate_particles(
     >>> particles.read_images().shape, particles.truth.coords().shape == (4, closed.n_atoms, 3)
     (torch.Size([4, 32, 32]), True)
     """
-    if n_particles < 1 or chunk_size < 1:
-        raise ValueError(
-            f"expected one particle or more, got {n_particles} ({chunk_size} at a time); try 1000"
-        )
     if conformations is not None and dynamics is None and latents is None:
         truth = _truth_of_conformations(structure, conformations, n_particles, snr_db, seed)
     elif conformations is None and dynamics is not None and latents is not None:

@@ -25,7 +25,7 @@ from .sources import quiet_prody
 from .storage import pack_modes, pack_structure, unpack_modes, unpack_structure
 from .structure import BONDED_DISTANCE, Structure, load_structure
 from .superposition import morph, rigid_fit, superpose, with_reference_bonds
-from .writing import chain_names, write_structure
+from .writing import chain_names, fits_pdb_text, write_structure
 
 __all__ = [
     "BONDED_DISTANCE",
@@ -41,6 +41,7 @@ __all__ = [
     "compute_modes",
     "describe_change",
     "find_chain",
+    "fits_pdb_text",
     "load_structure",
     "match_structures",
     "morph",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
+from .._arguments import Angstroms, checked
 from .residues import atomic_numbers, modelled_electrons, residue_ids, residue_scattering
 from .structure import Structure
 
@@ -111,7 +112,8 @@ class Beads:
         return f"Beads({len(self):,} of {narrow:.1f} to {wide:.1f} Å)"
 
 
-def atom_beads(structure: Structure, width: float = _ATOM_WIDTH) -> Beads:
+@checked
+def atom_beads(structure: Structure, width: Angstroms = _ATOM_WIDTH) -> Beads:
     """A Gaussian of `width` Å at every imaging atom, weighted as the structure says."""
     return Beads(
         structure.coords,
@@ -121,6 +123,7 @@ def atom_beads(structure: Structure, width: float = _ATOM_WIDTH) -> Beads:
     )
 
 
+@checked
 def residue_beads(structure: Structure) -> Beads:
     """Two or three Gaussians a residue, for its backbone and its side chain; more for a ligand.
 

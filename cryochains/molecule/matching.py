@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .._arguments import checked
 from .pairing import pair_bodies
 from .residues import assign_nodes, residue_ids
 from .sources import select_rows
@@ -57,6 +58,7 @@ class Match:
         return f"{pair}: {n_common} residues in common{how}, {lost} dropped"
 
 
+@checked
 def match_structures(a: Structure, b: Structure) -> Match:
     """Cut two structures down to the residues, and imaging atoms, that both have.
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .._arguments import Angstroms, Ordinal, checked
 from .._files import atomic_path, content_digest
 from .network import Backbone, edenm_cutoff, solve_modes
 from .sources import cache_folder
@@ -60,10 +61,11 @@ class Modes:
         return f"Modes({', '.join(f'{chain}: {k}' for chain, k in pairs)})"
 
 
+@checked
 def compute_modes(
     structure: Structure,
-    n_modes: int | Sequence[int] = 50,
-    cutoff: float | None = None,
+    n_modes: Ordinal | Sequence[Ordinal] = 50,
+    cutoff: Angstroms | None = None,
     cache: bool = True,
     springs: str = "edenm",
 ) -> Modes:
@@ -117,8 +119,6 @@ def compute_modes(
     counts = _modes_per_body(structure, n_modes)
     if springs not in _SPRINGS:
         raise ValueError(f"expected springs {' or '.join(_SPRINGS)}, got {springs!r}; try 'edenm'")
-    if cutoff is not None and not cutoff > 0:
-        raise ValueError(f"expected a cutoff above 0 Å, got {cutoff}; try 15")
     vectors = []
     eigenvalues = []
     for c, (chain, k) in enumerate(zip(structure.chain_ids, counts, strict=True)):
@@ -139,7 +139,7 @@ def compute_modes(
             warnings.warn(
                 f"the network of chain {chain} is loose at a cutoff of {asked:.1f} Å; its modes "
                 f"use {used:.1f} Å",
-                stacklevel=2,
+                stacklevel=3,
             )
         vectors.append(solution["vectors"])
         eigenvalues.append(solution["eigenvalues"])
@@ -152,9 +152,8 @@ def _backbone(structure: Structure, nodes: np.ndarray) -> Backbone:
 
 
 def _modes_per_body(structure: Structure, n_modes: int | Sequence[int]) -> list[int]:
-    counts = list(n_modes) if np.iterable(n_modes) else [n_modes] * structure.n_chains
-    whole = all(isinstance(k, (int, np.integer)) and k >= 0 for k in counts)
-    if len(counts) != structure.n_chains or not whole:
+    counts = [n_modes] * structure.n_chains if isinstance(n_modes, int) else list(n_modes)
+    if len(counts) != structure.n_chains:
         raise ValueError(
             f"expected a number of modes for each of {structure.n_chains} chains, got "
             f"{n_modes!r}; try 50"
@@ -182,7 +181,10 @@ def _cached_modes(
     return solution
 
 
-def find_chain(structure: Structure, modes: Modes, chain: str | None = None, mode: int = 0) -> int:
+@checked
+def find_chain(
+    structure: Structure, modes: Modes, chain: str | None = None, mode: Ordinal = 0
+) -> int:
     """Number of the chain with this id, by default the first.
 
     Raises

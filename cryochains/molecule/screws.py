@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
 
+from .._arguments import checked
 from .structure import Structure
 from .superposition import rigid_fit
 
@@ -77,6 +78,7 @@ class Screw:
         return 1 - (self.bending / self.moved) ** 2 if self.moved > 0 else float("nan")
 
 
+@checked
 def screw_motion(before: np.ndarray, after: np.ndarray) -> Screw:
     """Screw motion that best carries (n, 3) coordinates in Å onto others, in least squares.
 
@@ -121,6 +123,7 @@ def _pure_shift(center: np.ndarray, offset: np.ndarray, moved: float, bending: f
     return Screw(0.0, shift, offset / shift, center, moved, bending)
 
 
+@checked
 def describe_change(structure: Structure, before: np.ndarray, after: np.ndarray) -> pd.DataFrame:
     """Motion of every chain seen from every other, between two conformations: two rows a pair.
 
@@ -174,6 +177,7 @@ def describe_change(structure: Structure, before: np.ndarray, after: np.ndarray)
     return pd.DataFrame([row for block in blocks for row in block])
 
 
+@checked
 def change_sentence(table: pd.DataFrame) -> str:
     """What a table of `describe_change` says: the pair that moves most, one more chain, bending.
 

@@ -1,7 +1,7 @@
 """Where a structure comes from: an embedded example, a file, a PDB id or atoms in memory.
 
 `read_atoms` gives a clean ProDy AtomGroup whatever the source: author chain ids, one location per
-atom, the first model, no water. ProDy does the parsing and the fetching.
+atom, the first model, no water. ProDy does the parsing.
 """
 
 import gzip
@@ -17,6 +17,7 @@ import numpy as np
 import prody
 
 from .._files import atomic_path
+from .fetching import fetch_entry
 from .residues import ATOMIC_NUMBERS, WATERS, combine_codes, guess_elements, residue_ids
 
 EMBEDDED = ("glua3-closed", "glua3-open")
@@ -105,7 +106,7 @@ def _read_entry(pdb_id: str) -> prody.AtomGroup:
         if path:
             return _parse_file(path)
     with tempfile.TemporaryDirectory() as aside:
-        fetched, reason = _fetch_entry(pdb_id, aside)
+        fetched, reason = fetch_entry(pdb_id, Path(aside))
         if fetched is None:
             raise FileNotFoundError(
                 f"expected the PDB entry {pdb_id.upper()} in the folder that CRYOCHAINS_STRUCTURES "
@@ -126,22 +127,6 @@ def _find_in_folder(pdb_id: str, folder: Path) -> Path | None:
             if stem + suffix in present:
                 return present[stem + suffix]
     return None
-
-
-def _fetch_entry(pdb_id: str, folder: str) -> tuple[Path | None, str]:
-    """Path of the fetched file, or None and why not."""
-    # mmCIF first: large entries have no PDB file.
-    reason = "nothing came back"
-    for form in ("cif", "pdb"):
-        try:
-            with quiet_prody():
-                fetched = prody.fetchPDB(pdb_id, format=form, folder=folder, compressed=True)
-        except Exception as error:  # ProDy raises whatever its transport does
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        if fetched:
-            return Path(fetched), ""
-    return None, reason
 
 
 def _parse_file(path: Path) -> prody.AtomGroup:

@@ -17,6 +17,7 @@ import numpy as np
 import prody
 from scipy.spatial import cKDTree
 
+from .._arguments import Point, checked
 from .domains import cut_chains
 from .residues import (
     assign_nodes,
@@ -265,6 +266,7 @@ class Structure:
             turning=(),
         )
 
+    @checked
     def with_coords(self, coords: np.ndarray) -> "Structure":
         """The same molecule with other coordinates of all atoms, (n_all, 3) Å; the origin stays.
 
@@ -285,7 +287,8 @@ class Structure:
         atoms.setCoords(coords)
         return replace(self, atoms=atoms)
 
-    def with_origin(self, xyz: Sequence[float] | np.ndarray) -> "Structure":
+    @checked
+    def with_origin(self, xyz: Point) -> "Structure":
         """The same molecule with the point `xyz` (Å) at the centre of the box.
 
         Raises
@@ -293,14 +296,9 @@ class Structure:
         ValueError
             When `xyz` is not three finite numbers.
         """
-        origin = np.asarray(xyz, dtype=float)
-        if origin.shape != (3,) or not np.isfinite(origin).all():
-            raise ValueError(
-                f"expected an origin of three finite numbers in Å, got {xyz!r}; "
-                "try Structure.coords.mean(0)"
-            )
-        return replace(self, origin=origin)
+        return replace(self, origin=np.asarray(xyz, dtype=float))
 
+    @checked
     def with_turning(self, *bodies: str) -> "Structure":
         """The same molecule, of which these bodies may turn by any angle, up to 360°.
 
@@ -334,6 +332,7 @@ class Structure:
             )
         return replace(self, turning=tuple(name for name in self.chain_ids if name in bodies))
 
+    @checked
     def save(self, path: str | os.PathLike) -> None:
         """Write all atoms as PDB text (.pdb, .pdb.gz) or mmCIF (.cif), whole or not at all.
 
@@ -389,11 +388,12 @@ class Structure:
         return f"Structure({self.name!r}, {chains}, {counts})"
 
 
+@checked
 def load_structure(
     source: str | os.PathLike | prody.Atomic,
     chains: str | Sequence[str] | None = None,
     atoms: str = "ca",
-    bodies: Mapping[str, str] | str = "chains",
+    bodies: Mapping[str, str] | str | None = "chains",
 ) -> Structure:
     """Load a molecule as bodies of atoms.
 

@@ -10,6 +10,7 @@ import prody
 from scipy.linalg import solveh_banded
 from scipy.spatial.transform import RigidTransform, Rotation
 
+from .._arguments import Count, checked
 from .structure import Structure
 
 # Å: bonds of the backbone on a morph are so near to the lengths they should have.
@@ -19,6 +20,7 @@ _MOST_SWEEPS = 30
 _LEAST_BOND = 1e-6
 
 
+@checked
 def superpose(mobile: Structure, target: Structure) -> Structure:
     """Move all atoms of `mobile` so that its imaging atoms lie on those of `target`.
 
@@ -63,7 +65,8 @@ def rigid_fit(mobile: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nd
     return fit.getRotation(), fit.getTranslation()
 
 
-def morph(a: Structure, b: Structure, n: int = 50) -> np.ndarray:
+@checked
+def morph(a: Structure, b: Structure, n: Count = 50) -> np.ndarray:
     """Path from `a` to `b` in `n` frames: each chain along its screw motion, the rest linearly.
 
     With T the rigid motion that best carries a chain's nodes from `a` to `b`, frame s of the chain

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import prody
 
+from .._arguments import checked
 from .._files import atomic_path
 from .residues import find_nodes, residue_ids
 from .sources import quiet_prody
@@ -50,6 +51,7 @@ _CIF_ATOM_COLUMNS = (
 )
 
 
+@checked
 def write_structure(atoms: prody.AtomGroup, title: str, path: str | os.PathLike) -> None:
     """Write atoms as PDB text or mmCIF, by the suffix, whole or not at all.
 
@@ -84,6 +86,7 @@ def write_structure(atoms: prody.AtomGroup, title: str, path: str | os.PathLike)
     write(atoms, title, path)
 
 
+@checked
 def chain_names(atoms: prody.AtomGroup) -> dict[str, str]:
     """The one letter or digit that each chain id gets in PDB text: its own, else one that is free.
 
@@ -108,6 +111,28 @@ def chain_names(atoms: prody.AtomGroup) -> dict[str, str]:
         )
     free = iter([letter for letter in _PDB_CHAIN_LETTERS if letter not in present])
     return {chain: chain if len(chain) == 1 else next(free) for chain in present}
+
+
+def fits_pdb_text(atoms: prody.AtomGroup) -> bool:
+    """Whether PDB text can hold the chains, atoms, numbers and names; mmCIF can hold any.
+
+    Examples
+    --------
+    >>> from cryochains import load_structure
+    >>> atoms = load_structure("glua3-open").atoms.copy()
+    >>> fits_pdb_text(atoms)
+    True
+    >>> atoms.setCoords(atoms.getCoords() + 20_000)
+    >>> fits_pdb_text(atoms)
+    False
+    """
+    try:
+        _require_finite(atoms)
+        chain_names(atoms)
+        _require_pdb_columns(atoms)
+    except ValueError:
+        return False
+    return True
 
 
 def _write_pdb(atoms: prody.AtomGroup, title: str, path: Path) -> None:

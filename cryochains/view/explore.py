@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .._arguments import Count, checked
 from ..analysis import compute_pca, motion_sentence, particle_columns
 from ..inference import Result
 from .notebook import figure_instead, require_lab_packages
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 _EXPLORER_PACKAGES = ("ipywidgets", "nglview", "jscatter")
 
 
+@checked
 def explore(
     result: Result,
     *,
     columns: pd.DataFrame | None = None,
-    n_components: int = 5,
+    n_components: Count = 5,
     frame: str | None = None,
 ) -> "Explorer | Figure":
     """All particles as points, beside the molecule they show.
@@ -65,11 +67,6 @@ def explore(
     <Figure size ...>
     """
     require_lab_packages(*_EXPLORER_PACKAGES)
-    if not isinstance(result, Result):
-        raise ValueError(
-            f"expected a result, such as refine returns, got {type(result).__name__}; "
-            "try Result(model, latents)"
-        )
     result = result.in_frame(frame)
     table = particle_columns(result, columns)
     figure = figure_instead(lambda: _explorer_figure(result, n_components))

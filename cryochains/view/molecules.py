@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from .._arguments import Angstroms, Ordinal, checked
 from ..molecule import Modes, Structure, find_chain
 from .notebook import figure_instead, require_lab_packages
 from .plots import plot_modes, plot_structure
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _MOLECULE_PACKAGES = ("ipywidgets", "nglview")
 
 
+@checked
 def view_structure(structure: Structure) -> "Molecule | Figure":
     """The structure in NGLView, one colour a chain.
 
@@ -45,12 +47,13 @@ def view_structure(structure: Structure) -> "Molecule | Figure":
     return Molecule(structure, structure.atoms.getCoords())
 
 
+@checked
 def view_modes(
     structure: Structure,
     modes: Modes,
     chain: str | None = None,
-    mode: int = 0,
-    amplitude: float = 2.0,
+    mode: Ordinal = 0,
+    amplitude: Angstroms = 2.0,
 ) -> "ModeViewer | Figure":
     """A chain's modes as arrows on the structure, and moving there and back.
 

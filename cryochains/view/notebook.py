@@ -33,6 +33,6 @@ def figure_instead(draw: Callable[[], Figure]) -> Figure | None:
     warnings.warn(
         "expected a notebook, which shows widgets, found none: this is the static figure, which "
         ".savefig writes; try make lab",
-        stacklevel=3,
+        stacklevel=4,
     )
     return draw()

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from .._arguments import Count, LatentRows, Ordinal, Percent, checked
 from ..analysis import (
     CHAIN_COLORS,
     EndsComparison,
@@ -87,7 +88,8 @@ def __dir__() -> list[str]:
 
 
 @torch.no_grad()
-def plot_particles(result: Result, n: int = 6) -> Figure:
+@checked
+def plot_particles(result: Result, n: Count = 6) -> Figure:
     """First `n` particles: image, the model's reconstruction, and what is left.
 
     Images have the particles' ids above them, and "junk?" where they are flagged as showing
@@ -155,6 +157,7 @@ def _draw_images(axes: np.ndarray, images: np.ndarray, name: str, good: np.ndarr
     axes[0].set_ylabel(name)
 
 
+@checked
 def plot_training(encoder: Encoder) -> Figure:
     """Loss, and where the truth is known RMSD, of every epoch that an encoder was trained.
 
@@ -184,6 +187,7 @@ def plot_training(encoder: Encoder) -> Figure:
     return figure
 
 
+@checked
 def plot_refinement(result: Result) -> Figure:
     """How a refinement went, what it says of the images, and whether it is to be trusted.
 
@@ -312,6 +316,7 @@ def _verdict_lines(verdict: Verdict | None) -> list[tuple[str, str, str]]:
     return lines
 
 
+@checked
 def plot_latent_space(
     motions: PrincipalMotions,
     scores: np.ndarray | None = None,
@@ -337,6 +342,12 @@ def plot_latent_space(
         scores, good = motions.scores, motions.result.shows_molecule
     else:
         good = np.ones(len(scores), dtype=bool)
+    of_truth = scores.shape[:1] if truth is None else truth.shape
+    if scores.ndim != 2 or of_truth != scores.shape[:1]:
+        raise ValueError(
+            f"expected scores (N, k) and a truth (N,), got {scores.shape} and {of_truth}; "
+            "try motions.transform(result)"
+        )
     if truth is None:
         figure, axes = new_figure(1, 1, 4.6, 4)
     else:
@@ -352,6 +363,7 @@ def plot_latent_space(
     return figure
 
 
+@checked
 def plot_rmsd(
     per_particle: dict[str, np.ndarray], mean: np.ndarray, limit: np.ndarray | None = None
 ) -> Figure:
@@ -383,11 +395,12 @@ def plot_rmsd(
     return figure
 
 
+@checked
 def plot_conformations(
     motions: PrincipalMotions,
-    component: int = 0,
-    n: int = 5,
-    percentiles: tuple[float, float] = (5, 95),
+    component: Ordinal = 0,
+    n: Count = 5,
+    percentiles: tuple[Percent, Percent] = (5, 95),
 ) -> Figure:
     """Backbone at `n` positions along a component, pale to dark, from two sides.
 
@@ -408,7 +421,8 @@ def plot_conformations(
     return figure
 
 
-def plot_explorer(motions: PrincipalMotions, component: int = 0, title: str = "") -> Figure:
+@checked
+def plot_explorer(motions: PrincipalMotions, component: Ordinal = 0, title: str = "") -> Figure:
     """What ``cryochains.explore`` shows: the particles on two components, and the backbones.
 
     Parameters
@@ -440,6 +454,7 @@ def plot_explorer(motions: PrincipalMotions, component: int = 0, title: str = ""
     return figure
 
 
+@checked
 def plot_structure(structure: Structure) -> Figure:
     """Backbone of every chain from two sides, the longest direction of the molecule across."""
     coords = structure.node_coords[None]
@@ -450,8 +465,9 @@ def plot_structure(structure: Structure) -> Figure:
     return figure
 
 
+@checked
 def plot_modes(
-    structure: Structure, modes: Modes, chain: str | None = None, mode: int = 0
+    structure: Structure, modes: Modes, chain: str | None = None, mode: Ordinal = 0
 ) -> Figure:
     """One mode of a chain: arrows on its backbone, and how far each residue moves.
 
@@ -515,7 +531,8 @@ def _draw_arrows(axis: Axes, starts: np.ndarray, steps: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") -> Figure:
+@checked
+def plot_residue_motion(model: Model, latents: LatentRows, title: str = "") -> Figure:
     """How far each residue moves from the first of several conformations to each; a panel a chain.
 
     Parameters
@@ -556,6 +573,7 @@ def plot_residue_motion(model: Model, latents: torch.Tensor, title: str = "") ->
     return figure
 
 
+@checked
 def plot_map_comparison(comparison: MapComparison | EndsComparison) -> Figure:
     """Maps beside the densities of conformations; the title says which agrees better.
 
@@ -583,6 +601,7 @@ def plot_map_comparison(comparison: MapComparison | EndsComparison) -> Figure:
     return figure
 
 
+@checked
 def plot_halves(comparison: HalvesComparison) -> Figure:
     """Overlap of the motions of two halves, and how far each residue moves in their PC1.
 
@@ -757,6 +776,7 @@ def _root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
+@checked
 def plot_check(check: Check) -> Figure:
     """What a check looked at: significances, how well images match, and directions of view.
 

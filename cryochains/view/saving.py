@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from .._arguments import Angstroms, Count, Ordinal, Percent, checked
 from ..analysis import PrincipalMotions, save_conformations, save_densities
 from .movies import MOVIE_SUFFIXES, save_movie
 
@@ -10,15 +11,16 @@ _CONFORMATION_SUFFIXES = (".pdb", ".cif", ".dcd", ".cxc")
 _DENSITY_SUFFIX = ".mrc"
 
 
+@checked
 def save_motion(
     path: str | os.PathLike,
     motions: PrincipalMotions,
-    component: int = 0,
+    component: Ordinal = 0,
     *,
-    n: int = 21,
-    percentiles: tuple[float, float] = (5, 95),
-    fps: int = 15,
-    resolution: float | None = None,
+    n: Count = 21,
+    percentiles: tuple[Percent, Percent] = (5, 95),
+    fps: Count = 15,
+    resolution: Angstroms | None = None,
 ) -> Path:
     """Write the motion along a component, in the format of the suffix of `path`.
 

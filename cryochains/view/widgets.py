@@ -23,9 +23,8 @@ from matplotlib.colors import to_hex
 from nglview._frontend import __frontend_version__ as REQUIRED_FRONT_END
 from scipy.spatial.transform import Rotation
 
-from ..analysis import fits_pdb_text
 from ..model import Dynamics
-from ..molecule import Modes, Structure, write_structure
+from ..molecule import Modes, Structure, fits_pdb_text, write_structure
 from .drawing import chain_color, facing
 
 # Values on atoms, such as displacements: dark is little.
@@ -60,11 +59,11 @@ def molecule_text(structure: Structure, coords: np.ndarray) -> tuple[str, str, l
         # An assembly that moves as one body still has its chains.
         present, body_of_atom = np.unique(atoms.getChids(), return_inverse=True)
         names = present.tolist()
-    extension = "pdb" if fits_pdb_text(len(names), atoms.numAtoms()) else "cif"
-    if any(len(name) != 1 for name in names) or extension == "cif":
+    if any(len(name) != 1 for name in names):
         names = _short_names(len(names))
     atoms.setCoords(coords)
     atoms.setChids(np.array(names)[body_of_atom])
+    extension = "pdb" if fits_pdb_text(atoms) else "cif"
     if extension == "pdb":
         stream = StringIO()
         prody.writePDBStream(stream, atoms)

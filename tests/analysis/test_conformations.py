@@ -11,12 +11,11 @@ from cryochains.analysis import (
     CHAIN_COLORS,
     compute_pca,
     decode_ensemble,
-    fits_pdb_text,
     save_conformations,
 )
 from cryochains.inference import Result
 from cryochains.model import Model
-from cryochains.molecule import load_structure
+from cryochains.molecule import fits_pdb_text, load_structure
 
 BODIES = {"A": "chain A and resnum 20 to 45", "B": "chain B and resnum 60 to 80"}
 
@@ -267,7 +266,7 @@ def test_chimerax_script_colours_bodies_within_a_chain(closed, tmp_path):
 def test_more_than_62_chains(many, tmp_path):
     model = rigid_model(many)
     latents = draw(model, 2)
-    assert many.n_chains == 72 and not fits_pdb_text(many.n_chains, 500)
+    assert many.n_chains == 72 and not fits_pdb_text(many.atoms)
     script = save_conformations(tmp_path / "a.cxc", model, latents)
     assert opened_file(commands(script)[0]) == "a-models.cif"
     read = prody.parseMMCIF(str(tmp_path / "a-models.cif"))

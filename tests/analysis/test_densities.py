@@ -146,8 +146,8 @@ def test_all_or_none_are_written(model, latents, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "resolution, message",
     [
-        (0.0, "a positive resolution in Å, got 0.0; try 8.0"),
-        (math.nan, "a positive resolution in Å, got nan"),
+        (0.0, "resolution to be a number of Å above 0, got 0.0"),
+        (math.nan, "resolution to be a number of Å above 0, got nan"),
         (0.1, r"at most 512 voxels, got \d+ at 0.1 Å; try resolution=1"),
     ],
 )

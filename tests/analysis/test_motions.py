@@ -338,7 +338,7 @@ def test_bad_questions(model, result, closed):
     for settings, sentence in (
         ({"chain": "Q"}, "expected a chain of A, B, got 'Q'"),
         ({"kind": "bend"}, "expected kind 'modes', 'rigid', 'all', got 'bend'"),
-        ({"n_components": 0}, "expected one component or more, got 0"),
+        ({"n_components": 0}, "expected n_components to be a whole number of 1 or more, got 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             compute_pca(result, **settings)

@@ -533,6 +533,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         )
         for blur in (0.0, 9.0)
     ],
+    "fits_pdb_text": lambda g, f: molecule.fits_pdb_text(g.closed.atoms),
     "Structure.all_atoms": lambda g, f: g.closed.all_atoms(),
     "Structure.as_domains": lambda g, f: g.closed.as_domains(),
     "Structure.as_one_body": lambda g, f: g.closed.as_one_body(),
@@ -547,7 +548,6 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
 
 # These take numbers, texts or files alone.
 TAKE_NONE_OF_THEM = {
-    "fits_pdb_text",
     "gaussian_transfer",
     "load_encoder",
     "load_particles",

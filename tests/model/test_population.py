@@ -196,7 +196,9 @@ def test_less_of_the_rest_keeps_the_leading_directions(dynamics, prior):
 def test_repr_says_in_how_many_directions_particles_vary(dynamics):
     population = Population(torch.zeros(2), torch.eye(2), 1.0, 1.0, {}, rank=1)
     assert "spread 1.41 Å in 1 direction," in repr(population)
-    with pytest.raises(ValueError, match="expected a rank of 0 or more, got 'two'"):
+    with pytest.raises(
+        ValueError, match="expected rank to be a whole number of 0 or more, got 'two'"
+    ):
         Population(torch.zeros(2), torch.eye(2), 1.0, 1.0, {}, rank="two")
 
 

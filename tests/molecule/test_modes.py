@@ -299,7 +299,9 @@ def test_no_modes_for_a_chain(closed):
 
 @pytest.mark.parametrize("n_modes", [-1, (5,), (5, 5, 5), (5, -1), 2.5, "ab", (1.5, 2)])
 def test_bad_numbers_of_modes(closed, n_modes):
-    with pytest.raises(ValueError, match="expected a number of modes"):
+    with pytest.raises(
+        ValueError, match="expected (a number of modes|n_modes to be a whole number)"
+    ):
         compute_modes(closed, n_modes)
 
 
@@ -312,7 +314,7 @@ def test_unknown_springs(closed):
 
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, np.nan])
 def test_bad_cutoffs(closed, cutoff):
-    with pytest.raises(ValueError, match="cutoff above 0 Å"):
+    with pytest.raises(ValueError, match="cutoff to be a number of Å above 0"):
         compute_modes(closed, 5, cutoff=cutoff)
 
 

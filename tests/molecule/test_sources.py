@@ -48,16 +48,16 @@ def read(request, tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """An empty cache, no folder of structures, a ProDy that cannot fetch; a list of its calls."""
+    """An empty cache, no folder of structures, no fetch that succeeds; a list of the fetches."""
     calls = []
 
-    def fetch(pdb_id, **keywords):
+    def fetch(pdb_id, folder):
         calls.append(pdb_id)
-        raise OSError("no route to host")
+        return None, "no route to host"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CRYOCHAINS_STRUCTURES", raising=False)
-    monkeypatch.setattr(prody, "fetchPDB", fetch)
+    monkeypatch.setattr(sources, "fetch_entry", fetch)
     return calls
 
 
@@ -234,33 +234,28 @@ def test_an_id_that_cannot_be_had_says_where_it_was_sought(tmp_path, monkeypatch
     assert list(cache_folder().rglob("*")) == []
 
 
-def test_a_fetched_entry_is_kept_in_the_cache(monkeypatch, no_network):
-    def fetch(pdb_id, format, folder, compressed):  # noqa: A002, ProDy's own name
-        no_network.append(format)
-        if format == "cif":
-            raise OSError("no such entry")
-        path = f"{folder}/{pdb_id}.pdb.gz"
-        with gzip.open(path, "wt") as stream:
-            stream.write(pdb_text(ONE))
-        return path
+def fetched(pdb_id, folder):
+    path = folder / f"{pdb_id}.cif.gz"
+    path.write_bytes(gzip.compress(cif_text(ONE).encode()))
+    return path, ""
 
-    monkeypatch.setattr(prody, "fetchPDB", fetch)
+
+def test_a_fetched_entry_is_kept_in_the_cache(monkeypatch, no_network):
+    def fetch(pdb_id, folder):
+        no_network.append(pdb_id)
+        return fetched(pdb_id, folder)
+
+    monkeypatch.setattr(sources, "fetch_entry", fetch)
     for _ in range(2):
         assert read_atoms("1ABC")[1].numAtoms() == 2
-    assert no_network == ["cif", "pdb"]  # once
-    assert [path.name for path in (cache_folder() / "structures").iterdir()] == ["1abc.pdb.gz"]
+    assert no_network == ["1abc"]  # once
+    assert [path.name for path in (cache_folder() / "structures").iterdir()] == ["1abc.cif.gz"]
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_a_fetch(tmp_path, monkeypatch, no_network):
-    def fetch(pdb_id, format, folder, compressed):  # noqa: A002
-        path = f"{folder}/{pdb_id}.pdb"
-        with open(path, "w") as stream:
-            stream.write(pdb_text(ONE))
-        return path
-
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(prody, "fetchPDB", fetch)
+    monkeypatch.setattr(sources, "fetch_entry", fetched)
     assert read_atoms("1ABC")[1].numAtoms() == 2
 
 

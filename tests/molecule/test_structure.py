@@ -218,7 +218,7 @@ def test_other_coordinates_and_origin(closed):
     np.testing.assert_array_equal(closed.with_origin([1, 2, 3]).origin, [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="of all atoms, got shape"):
         closed.with_coords(closed.coords)
-    with pytest.raises(ValueError, match="expected finite .* got NaN or infinity; try"):
+    with pytest.raises(ValueError, match="expected .* finite numbers.* with NaN or infinity; try"):
         closed.with_coords(np.full_like(coords, np.nan))
     with pytest.raises(ValueError, match="three finite numbers"):
         closed.with_origin([0.0, 1.0])

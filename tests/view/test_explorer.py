@@ -665,7 +665,7 @@ def test_bad_input_is_a_sentence(notebook, shown, result, latents, refined, open
     with pytest.raises(ValueError, match=f"expected latents .N, {model.n_latents}.* of Model.*got"):
         explore(Result(model, latents[:, 1:]))
     for wrong in (latents, model):
-        with pytest.raises(ValueError, match=r"expected a result, .* try Result\(model, latents\)"):
+        with pytest.raises(ValueError, match="expected result to be a Result, .* try refine"):
             explore(wrong)
     with pytest.raises(ValueError, match="expected 300 rows of columns, one a row of latents, got"):
         explore(result, columns=pd.DataFrame({"a": [1, 2]}))
@@ -683,7 +683,9 @@ def test_bad_input_is_a_sentence(notebook, shown, result, latents, refined, open
         explore(Result(model, latents * torch.nan))
     with pytest.raises(ValueError, match="expected at least two particles"):
         explore(result[:1])
-    with pytest.raises(ValueError, match="expected one component or more, got 0"):
+    with pytest.raises(
+        ValueError, match="expected n_components to be a whole number of 1 or more, got 0"
+    ):
         explore(result, n_components=0)
     with pytest.raises(ValueError, match="expected a component from 0 to 4, got 9"):
         shown.set_component(9, 1.0)

@@ -3,7 +3,6 @@
 import inspect
 from dataclasses import replace
 from io import BytesIO
-from types import SimpleNamespace
 
 import matplotlib.pyplot
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from cryochains.analysis import compare_with_map, compute_pca, motion_sentence
 from cryochains.images import ParticleStack
-from cryochains.inference import CheckItem, Result, check, score, train_encoder
+from cryochains.inference import CheckItem, Encoder, Result, check, score, train_encoder
 from cryochains.model import Dynamics, Model, Population, simulate_particles
 from cryochains.molecule import compute_modes, load_structure
 from cryochains.view import drawing, plots
@@ -170,13 +169,13 @@ def test_result_without_its_particles_has_no_images(result):
 
 @pytest.mark.parametrize("n_epochs", [1, 4])
 @pytest.mark.parametrize("scored", [True, False])
-def test_training(n_epochs, scored):
+def test_training(model, n_epochs, scored):
     scores = {"rmsd": 1.5, "explained_motion": 0.1} if scored else {}
     history = [
         {"epoch": k + 1, "train_loss": 1 / (k + 1), "held_out_loss": 1.1 / (k + 1), **scores}
         for k in range(n_epochs)
     ]
-    text = draw(plots.plot_training(SimpleNamespace(history=history)), panels=1 + scored)
+    text = draw(plots.plot_training(Encoder(model, None, 1.0, history)), panels=1 + scored)
     assert "epoch" in text and "held out" in text and ("RMSD (Å)" in text) == scored
 
 
