@@ -1,23 +1,18 @@
-"""Projections and their derivatives on a CPU: each atom is added to the few pixels it touches.
-
-Compiled by numba when first used; what was compiled is kept on disk where that can be written.
-"""
+"""Projections and their derivatives on a CPU: each atom is added to the few pixels it touches."""
 
 import math
-from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._compiled import compiled
 
 # An atom ends where it has so many rounding errors of its height left: 5 widths from its centre in
 # single precision.
 _ROUNDING_ERRORS = 32
 # Of so many tangents, it pays to leave out the corners of an atom's square of pixels.
 _CORNERS_COUNT = 6
-# Sums in any order, and products that are added in one step; NaN and Inf stay what they are.
-_FAST_MATH = {"reassoc", "contract"}
 
 
 def scatter_tangents(
@@ -71,14 +66,6 @@ def _falloffs_and_extents(sigma: Tensor) -> tuple[Tensor, Tensor]:
     """−1/2σ², and Å from its centre at which an atom ends."""
     n_widths = math.sqrt(-2 * math.log(_ROUNDING_ERRORS * torch.finfo(sigma.dtype).eps))
     return -0.5 / sigma.square(), n_widths * sigma
-
-
-def compiled(function: Callable) -> Callable:
-    """`function` compiled when first called; by every process where no folder can be written."""
-    try:
-        return numba.njit(nogil=True, fastmath=_FAST_MATH, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, fastmath=_FAST_MATH)(function)
 
 
 @compiled
