@@ -111,23 +111,39 @@ def _sweep(matrix: np.ndarray, panel: np.ndarray, steps: np.ndarray, pivots: np.
             return log_determinant
         # Rows of pivots get no step.
         panel[:, start:end] = 0
-        steps[:] = 0
-        for a in range(end - start):
-            for b in range(end - start):
-                factor = pivots[b, a]
-                own, row = steps[a], panel[b]
-                for i in range(n):
-                    own[i] += factor * row[i]
+        _make_steps(steps, panel, pivots, start, end)
         for i in range(n):
             _step_row(matrix[i, : i + 1], panel, steps[:, i])
-        for a in range(end - start):
-            matrix[start + a, :start] = steps[a, :start]
-            for b in range(a + 1):
-                matrix[start + a, start + b] = -pivots[a, b]
-        for i in range(end, n):
-            for a in range(end - start):
-                matrix[i, start + a] = steps[a, i]
+        _put_panel(matrix, steps, pivots, start, end)
     return log_determinant
+
+
+@compiled
+def _make_steps(
+    steps: np.ndarray, panel: np.ndarray, pivots: np.ndarray, start: int, end: int
+) -> None:
+    """The inverse of the pivots times the panel into `steps`."""
+    steps[:] = 0
+    for a in range(end - start):
+        for b in range(end - start):
+            factor = pivots[b, a]
+            own, row = steps[a], panel[b]
+            for i in range(len(own)):
+                own[i] += factor * row[i]
+
+
+@compiled
+def _put_panel(
+    matrix: np.ndarray, steps: np.ndarray, pivots: np.ndarray, start: int, end: int
+) -> None:
+    """Rows and columns of the pivots, after all others."""
+    for a in range(end - start):
+        matrix[start + a, :start] = steps[a, :start]
+        for b in range(a + 1):
+            matrix[start + a, start + b] = -pivots[a, b]
+    for i in range(end, len(matrix)):
+        for a in range(end - start):
+            matrix[i, start + a] = steps[a, i]
 
 
 @compiled
