@@ -4,7 +4,8 @@ Symbols of the paper (Eq. 3): V → a sum of Gaussians, R → `rotations`, Π �
 CTF is in `ctf`; the noise ε is drawn where particles are simulated.
 
 A Gaussian is separable, so an image of n atoms is one matrix product, image = Gyᵀ Gx with G
-(n_atoms, box), and its gradient is two more: 2·n·box² multiply-adds forward, twice that backward.
+(n_atoms, box), and its gradient is two more: 2·n·box² multiply-adds forward, twice that backward. A
+GPU takes these; a CPU visits the few pixels that each atom touches (`scatter`).
 """
 
 from collections.abc import Iterator

@@ -102,7 +102,7 @@ def test_transforms_of_tangents_are_those_of_all_pixels(dtype, tolerance, box, k
     assert given[:, :, 0].isnan().all() and given[:, :, k + 1 :].isnan().all()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-8)])
 def test_gradients_are_those_of_all_pixels(dtype, tolerance):
     """Of atoms inside, at the border and beyond, as wide as two pixels and wider."""
     generator = torch.Generator().manual_seed(0)
