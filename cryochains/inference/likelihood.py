@@ -417,7 +417,7 @@ def position_variance(
     Of `latents` (b, p) with posterior `covariance` (b, p, p), seen from `rotations` (b, 3, 3).
     """
     n = len(latents)
-    n_beads = len(dynamics.reference)
+    n_beads = dynamics.chains[-1].atoms.stop
     bytes_each = 8 * n_beads * dynamics.chains[-1].latents.stop
     block = max(1, BLOCK_BYTES["cuda" if latents.is_cuda else "cpu"] // bytes_each)
     variances = latents.new_empty(n, n_beads)
