@@ -20,8 +20,8 @@ from .projection import (
     noise_std_for_snr,
     pixel_grid,
     project,
-    project_tangents,
     random_rotations,
+    transform_tangents,
 )
 from .reconstruction import (
     Map,
@@ -55,7 +55,6 @@ __all__ = [
     "plain_ids",
     "positions",
     "project",
-    "project_tangents",
     "random_rotations",
     "reconstruct",
     "resolution_of",
@@ -63,6 +62,7 @@ __all__ = [
     "soft_sphere",
     "source_path",
     "sum_shells",
+    "transform_tangents",
     "transform_volume",
     "untransform_volume",
     "write_particles",

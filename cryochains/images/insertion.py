@@ -1,11 +1,11 @@
 """Planes of a Fourier transform added to a grid: the kernel of a reconstruction.
 
-Compiled by numba when first used, and imported by the function that needs it.
+Imported by the function that needs it (see `_compiled`).
 """
 
 import numpy as np
 
-from .scatter import compiled
+from .._compiled import compiled
 
 
 @compiled

@@ -4,8 +4,12 @@ Symbols of the paper (Eq. 3): V → a sum of Gaussians, R → `rotations`, Π �
 CTF is in `ctf`; the noise ε is drawn where particles are simulated.
 
 A Gaussian is separable, so an image of n atoms is one matrix product, image = Gyᵀ Gx with G
-(n_atoms, box), and its gradient is two more: 2·n·box² multiply-adds forward, twice that backward.
+(n_atoms, box), and its gradient is two more: 2·n·box² multiply-adds forward, twice that backward. A
+GPU takes these; a CPU visits the few pixels that each atom touches (`scatter`).
 """
+
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,6 +76,28 @@ class _Project(torch.autograd.Function):
         return grad_xy, by_x[..., 1], None, None
 
 
+class _ScatterAtoms(torch.autograd.Function):
+    """What `_Project` gives, on a CPU: each atom at the few pixels that it touches."""
+
+    @staticmethod
+    def forward(ctx, xy: Tensor, amplitudes: Tensor, grid: Tensor, sigma: Tensor) -> Tensor:
+        # numba takes 60 MB and a tenth of a second.
+        from .scatter import scatter_atoms
+
+        ctx.save_for_backward(xy, amplitudes, grid, sigma)
+        return scatter_atoms(xy, amplitudes, grid, sigma)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        from .scatter import gather_atoms
+
+        xy, amplitudes, grid, sigma = ctx.saved_tensors
+        sums = gather_atoms(grad.to(xy.dtype), xy, grid, sigma)
+        factor = amplitudes / sigma.square()
+        return sums[..., 1:] * factor.unsqueeze(-1), sums[..., 0], None, None
+
+
 def project(
     coords: Tensor, weights: Tensor, box_size: int, pixel_size: float, sigma: float | Tensor
 ) -> Tensor:
@@ -103,13 +129,9 @@ def project(
     xy = coords[..., :2]
     grid = pixel_grid(box_size, pixel_size, xy)
     amplitudes = (weights / (2 * torch.pi * sigma**2)).to(xy.dtype).expand(xy.shape[:2])
-    asks_for_gradient = torch.is_grad_enabled() and (xy.requires_grad or amplitudes.requires_grad)
-    if xy.device.type == "cpu" and not asks_for_gradient:
-        # As in `project_tangents`.
-        from .scatter import scatter_atoms
-
+    if xy.device.type == "cpu":
         widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(xy.shape[:2])
-        return scatter_atoms(xy.detach(), amplitudes.detach(), grid, widths)
+        return _ScatterAtoms.apply(xy, amplitudes, grid, widths)
 
     def part(start: int) -> Tensor:
         chunk = slice(start, start + ATOMS_PER_CHUNK)
@@ -122,15 +144,17 @@ def project(
     return image
 
 
-def project_tangents(
+def transform_tangents(
     xy: Tensor,
     tangents: Tensor,
     weights: Tensor,
     box_size: int,
     pixel_size: float,
     sigma: float | Tensor,
+    transfer: Tensor,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """(batch, k, box, box) derivative of the projection when atoms move along each of k tangents.
+    """(batch, box·(box + 2), k) derivative of the projection's spectrum along each of k tangents.
 
     Parameters
     ----------
@@ -140,11 +164,74 @@ def project_tangents(
         Å by which each atom moves for one unit of latent k.
     weights, box_size, pixel_size, sigma
         As of `project`.
+    transfer : (box, box//2 + 1) or (batch, box, box//2 + 1) tensor
+        What the spectrum, orthonormal as of ``rfft2``, is multiplied by.
+    columns : (batch, box·(box + 2), k) tensor, optional
+        Where the answer is written, such as some columns of a Jacobian: fresh memory costs a CPU as
+        much as the sums.
+
+    Returns
+    -------
+    tensor
+        Real and imaginary parts as `torch.view_as_real` has them, all k of a frequency side by
+        side.
 
     Notes
     -----
-    An atom touches few pixels, and a CPU visits only those (`scatter`). A GPU takes all of them, in
+    An atom touches few pixels, and a CPU visits only those (`scatter`); the pixels that no atom
+    touches are left out of the transform, which is two matrix products. A GPU takes all of them, in
     one matrix product of inner size 2·n_atoms for all k.
+
+    Examples
+    --------
+    >>> xy, move_right = torch.zeros(1, 1, 2), torch.tensor([[[[1.0, 0.0]]]])
+    >>> columns = transform_tangents(
+    ...     xy, move_right, torch.ones(1), 32, 2.0, sigma=3.0, transfer=torch.ones(32, 17)
+    ... )
+    >>> columns.shape, bool(columns[0, :2, 0].abs().max() < 1e-6)
+    (torch.Size([1, 1088, 1]), True)
+    """
+    k, half = tangents.shape[1], box_size // 2 + 1
+    transfer = transfer.to(xy.dtype).expand(len(xy), -1, -1)
+    if columns is None:
+        columns = xy.new_empty(len(xy), 2 * half * box_size, k)
+    if xy.device.type != "cpu":
+        images = project_tangents(xy, tangents, weights, box_size, pixel_size, sigma)
+        spectra = torch.fft.rfft2(images, norm="ortho").mul_(transfer.unsqueeze(1))
+        return columns.copy_(torch.view_as_real(spectra).flatten(-3).mT)
+    # numba takes 60 MB and a tenth of a second, and only derivatives need it.
+    from .scatter import join_waves
+
+    waves = _waves(box_size, xy.dtype)
+    both = xy.new_empty(2 * half, 2 * half, k)
+    parts = both.view(2, half, 2, half, k).numpy()
+    heights = (transfer / box_size).contiguous().numpy()
+    answers = columns.view(len(xy), box_size, half, 2, k).numpy()
+    windows = _scattered(xy, tangents, weights, box_size, pixel_size, sigma)
+    for image, (sums, rows, touched) in enumerate(windows):
+        along_y = (waves[:, rows] @ sums.flatten(1)).view(2 * half, -1, k)
+        torch.bmm(waves[:, touched].expand(2 * half, -1, -1), along_y, out=both)
+        join_waves(parts, heights[image], answers[image])
+    return columns
+
+
+@lru_cache(maxsize=8)
+def _waves(box_size: int, dtype: torch.dtype) -> Tensor:
+    """(box + 2, box) cosines, then sines, of every frequency not below zero at each pixel."""
+    cycles = torch.outer(torch.arange(box_size // 2 + 1), torch.arange(box_size)) % box_size
+    angles = cycles.double() * (2 * torch.pi / box_size)
+    return torch.cat([angles.cos(), angles.sin()]).to(dtype)
+
+
+def project_tangents(
+    xy: Tensor,
+    tangents: Tensor,
+    weights: Tensor,
+    box_size: int,
+    pixel_size: float,
+    sigma: float | Tensor,
+) -> Tensor:
+    """(batch, k, box, box) derivative of the projection; arguments as of `transform_tangents`.
 
     Examples
     --------
@@ -155,7 +242,22 @@ def project_tangents(
     """
     if xy.device.type != "cpu":
         return _multiply(xy, tangents, weights, box_size, pixel_size, sigma)
-    # numba takes 60 MB and a tenth of a second, and only derivatives need it.
+    images = xy.new_zeros(len(xy), tangents.shape[1], box_size, box_size)
+    windows = _scattered(xy, tangents, weights, box_size, pixel_size, sigma)
+    for image, (sums, rows, columns) in zip(images, windows, strict=True):
+        image[:, rows, columns] = sums.permute(2, 0, 1)
+    return images
+
+
+def _scattered(
+    xy: Tensor,
+    tangents: Tensor,
+    weights: Tensor,
+    box_size: int,
+    pixel_size: float,
+    sigma: float | Tensor,
+) -> Iterator[tuple[Tensor, slice, slice]]:
+    """`scatter_tangents` of projections as of `project`."""
     from .scatter import scatter_tangents
 
     widths = torch.as_tensor(sigma, dtype=xy.dtype).expand(xy.shape[:2])

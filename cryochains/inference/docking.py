@@ -561,7 +561,7 @@ def _rigid_equations(
     steps = comparison.microscope.tangent_spectra(
         positions, torch.cat([turns, shifts], dim=1), slice(None), transfer, box_size=box
     )
-    jacobian = real_parts(steps)
+    jacobian = steps.mT
     residual = real_parts(view.spectra * of_data - drawn)
     hessian = jacobian @ jacobian.transpose(1, 2)
     slope = (jacobian @ residual.unsqueeze(-1)).squeeze(-1)
@@ -731,7 +731,7 @@ def _scale_equations(
             transfer,
             box_size=comparison.box_size,
         )
-        columns = real_parts(steps)
+        columns = steps.mT
         parts.append(columns[:, :-1])
         of_scale = of_scale + columns[:, -1:]
     spectrum = real_parts(drawn)

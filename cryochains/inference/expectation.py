@@ -38,6 +38,8 @@ _OWN_STEPS = 3
 _MOST_HALVINGS = 6
 # What is left of the variance of a direction that is not a leading one after all.
 _GIVEN_UP = 0.1
+# Of posterior covariances that are made at a time on a CPU.
+_CACHED_BYTES = 2**22
 # Log brightness changes by no more in a step.
 MAX_SCALE_STEP = 0.5
 
@@ -206,9 +208,9 @@ def _expectation(
         evidence[rows] = posterior.evidence
         trace[rows] = posterior.trace * noise / state.noise_variance[rows].double()
         weights = state.responsibility[rows].double()
-        return (weights[:, None, None] * posterior.covariance[:, :p, :p]).sum(0)
+        return (weights @ posterior.covariance.flatten(1)).view(p + 1, p + 1)[:p, :p]
 
-    parts = map_blocks(solve, solve_slices(own), means.device)
+    parts = map_blocks(solve, _covariance_slices(own, p, means.device), means.device)
     # A process may have no particle of few.
     nothing = torch.zeros(p, p, dtype=torch.float64, device=means.device)
     covariance_sum = total(torch.stack([nothing, *parts]).sum(0))
@@ -217,6 +219,15 @@ def _expectation(
     )
     state = replace(state, std=std, log_scale=log_scale, evidence=evidence)
     return state, means, covariance_sum, trace, scale_variance
+
+
+def _covariance_slices(own: slice, p: int, device: torch.device) -> list[slice]:
+    """So few particles at a time that a CPU's cache holds what is known of them."""
+    if device.type != "cpu":
+        return solve_slices(own)
+    step = max(1, _CACHED_BYTES // (8 * (p + 1) ** 2))
+    starts = range(own.start, own.stop, step)
+    return [slice(start, min(start + step, own.stop)) for start in starts]
 
 
 def _misfit(state: State, linear: Linearisation) -> Tensor:

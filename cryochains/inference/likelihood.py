@@ -27,12 +27,14 @@ from ..model import Dynamics, Microscope, Model, Population
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
-# Working memory of one block of Jacobians: small enough for a laptop's cache, large enough to fill
-# a GPU.
-BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**31}
+# Of one block of Jacobians: small enough for a CPU's cache, large enough to fill a GPU.
+BLOCK_BYTES = {"cpu": 2**23, "cuda": 2**31}
 # Å, no atom is drawn wider for being uncertain: without a limit, atoms of loose ends would be drawn
 # so wide that the images say nothing of them, wherever the model does not fit.
 MAX_ATOM_SIGMA = 4.0
+# Of the latents' products, which are symmetric: so many panels, and so wide at least.
+_PANELS = 4
+_LEAST_PANEL = 32
 # Pixels of a blurred image, in widths of a blurred atom: at its Nyquist frequency 10⁻⁵ of an atom
 # is left.
 _COARSE_PIXEL = 0.65
@@ -223,14 +225,16 @@ def normal_equations(
     NormalEquations
     """
     band = frequency_band(model.microscope, blur)
-    largest = max(layout.n_atoms for layout in model.bead_dynamics.chains)
-    # A GPU takes all pixels of all beads of a chain.
-    beads = 2 * largest if latents.is_cuda else 0
-    bytes_each = 4 * band.box_size * model.n_latents * (beads + 6 * band.box_size)
+    n, n_numbers = len(latents), band.box_size * (band.box_size + 2)
+    bytes_each = 4 * n_numbers * model.n_latents
+    if latents.is_cuda:
+        # A GPU takes all pixels of all beads of a chain.
+        largest = max(layout.n_atoms for layout in model.bead_dynamics.chains)
+        bytes_each += 8 * band.box_size * model.n_latents * largest
     block = max(1, BLOCK_BYTES["cuda" if latents.is_cuda else "cpu"] // bytes_each)
-    blocks = [slice(start, start + block) for start in range(0, len(latents), block)]
+    blocks = [slice(start, min(start + block, n)) for start in range(0, n, block)]
 
-    def linearise(rows: slice) -> NormalEquations:
+    def linearise(rows: slice, jacobian: Tensor) -> NormalEquations:
         return _linearise_block(
             model,
             None if images is None else images[rows],
@@ -241,10 +245,18 @@ def normal_equations(
             blur,
             None if variance is None else variance[rows],
             None if sampler is None else partial(sampler, rows),
+            jacobian,
         )
 
-    parts = map_blocks(linearise, blocks, latents.device)
+    def linearise_share(share: list[slice]) -> list[NormalEquations]:
+        # Memory that is asked for anew is cleared by the system, which takes as long as the sums.
+        memory = latents.new_empty(min(block, n), n_numbers, model.n_latents)
+        return [linearise(rows, memory[: rows.stop - rows.start]) for rows in share]
 
+    n_shares = torch.get_num_threads() if latents.device.type == "cpu" else 1
+    shares = [blocks[start::n_shares] for start in range(min(n_shares, len(blocks)))]
+    answers = map_blocks(linearise_share, shares, latents.device)
+    parts = [answers[number % len(shares)][number // len(shares)] for number in range(len(blocks))]
     return join_equations(parts)
 
 
@@ -331,8 +343,12 @@ def _linearise_block(
     blur: float,
     variance: Tensor | None,
     sampler: Callable[[NormalEquations], tuple[Tensor, Tensor]] | None,
+    jacobian: Tensor,
 ) -> NormalEquations:
-    """Normal equations of so few particles that their Jacobian fits the working memory."""
+    """Normal equations of so few particles that their Jacobian fits the working memory.
+
+    It is written into `jacobian` (b, box·(box + 2), p).
+    """
     microscope, dynamics, box = model.microscope, model.bead_dynamics, band.box_size
     rotations, shifts, ctf = pose
     # The same integral sampled by fewer, larger pixels.
@@ -342,9 +358,8 @@ def _linearise_block(
     positions = microscope.image_positions(dynamics.decode(latents), rotations, shifts)
     expected = microscope.spectrum(positions, transfer, blur=blur, variance=variance, box_size=box)
     spectrum = real_parts(expected)
-    jacobian = latents.new_empty(len(latents), model.n_latents, spectrum.shape[1])
     for chain, layout in enumerate(dynamics.chains):
-        steps = microscope.tangent_spectra(
+        microscope.tangent_spectra(
             positions[:, layout.atoms],
             dynamics.tangents(latents, chain, rotations[:, :2]),
             layout.atoms,
@@ -352,17 +367,18 @@ def _linearise_block(
             blur=blur,
             variance=None if variance is None else variance[:, layout.atoms],
             box_size=box,
+            columns=jacobian[:, :, layout.latents],
         )
-        jacobian[:, layout.latents] = real_parts(steps)
     data = spectrum
     if images is not None:
         observed = crop_spectrum(torch.fft.rfft2(images, norm="ortho"), box)
         data = real_parts(observed * (weights * band.low_pass))
-    slopes = jacobian @ torch.stack([data, spectrum], dim=-1)
+    slopes = torch.stack([data, spectrum], dim=1) @ jacobian
     equations = NormalEquations(
-        torch.bmm(jacobian, jacobian.transpose(1, 2)),
-        slopes[..., 0],
-        slopes[..., 1],
+        _products(jacobian),
+        # Equal to the last bit where there are no images.
+        slopes[:, 0 if images is not None else 1],
+        slopes[:, 1],
         band.sum_rings(data.square()),
         band.sum_rings(data * spectrum),
         band.sum_rings(spectrum.square()),
@@ -370,9 +386,22 @@ def _linearise_block(
     if sampler is None:
         return equations
     step, scale = sampler(equations)
-    moved = spectrum + (step.unsqueeze(1) @ jacobian).squeeze(1)
+    moved = spectrum + (jacobian @ step.unsqueeze(2)).squeeze(2)
     sampled = band.sum_rings((data - scale.unsqueeze(1) * moved).square())
     return replace(equations, sampled_power=sampled)
+
+
+def _products(columns: Tensor) -> Tensor:
+    """(b, p, p) products of (b, n, p) columns with each other, each pair of panels once."""
+    p = columns.shape[2]
+    products = columns.new_empty(len(columns), p, p)
+    width = max(_LEAST_PANEL, math.ceil(p / _PANELS))
+    for start in range(0, p, width):
+        panel = slice(start, start + width)
+        before = columns[:, :, : panel.stop].mT @ columns[:, :, panel]
+        products[:, : panel.stop, panel] = before
+        products[:, panel, :start] = before[:, :start].mT
+    return products
 
 
 def real_parts(spectrum: Tensor) -> Tensor:
@@ -388,13 +417,21 @@ def position_variance(
 
     Of `latents` (b, p) with posterior `covariance` (b, p, p), seen from `rotations` (b, 3, 3).
     """
-    parts = []
-    for chain, layout in enumerate(dynamics.chains):
-        steps = dynamics.tangents(latents, chain, rotations[:, :2]).flatten(2)
-        of_chain = covariance[:, layout.latents, layout.latents].to(steps.dtype)
-        squares = ((of_chain @ steps) * steps).sum(1)
-        parts.append(squares.view(len(latents), -1, 2).mean(-1))
-    return torch.cat(parts, dim=1).clamp(0, MAX_ATOM_SIGMA**2)
+    n = len(latents)
+    n_beads = dynamics.chains[-1].atoms.stop
+    bytes_each = 8 * n_beads * dynamics.chains[-1].latents.stop
+    block = max(1, BLOCK_BYTES["cuda" if latents.is_cuda else "cpu"] // bytes_each)
+    variances = latents.new_empty(n, n_beads)
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        for chain, layout in enumerate(dynamics.chains):
+            tangents = dynamics.tangents(latents[rows], chain, rotations[rows, :2])
+            # Axes of the image one after the other, all latents of an atom side by side.
+            steps = tangents.permute(0, 3, 2, 1).flatten(1, 2)
+            of_chain = covariance[rows, layout.latents, layout.latents].to(steps.dtype)
+            squares = (steps @ of_chain).mul_(steps).sum(2)
+            variances[rows, layout.atoms] = squares.view(len(steps), 2, -1).mean(1)
+    return variances.clamp_(0, MAX_ATOM_SIGMA**2)
 
 
 def map_blocks(

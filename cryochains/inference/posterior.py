@@ -83,36 +83,25 @@ def solve_particles(
 
     With b as one more latent, whose derivative of the image is the image itself.
     """
-    n, p = latents.shape
+    p = latents.shape[1]
     scale = log_scale.double().exp()
     inverse_noise = 1 / noise
     power = equations.model_power.double().sum(1)
     overlap = equations.overlap.double().sum(1)
     data = equations.data_power.double().sum(1)
-    weight = scale.square() * inverse_noise
-    information = equations.hessian.new_zeros(n, p + 1, p + 1, dtype=torch.float64)
-    information[:, :p, :p] = weight[:, None, None] * equations.hessian.double()
-    cross = weight[:, None] * equations.model_slope.double()
-    information[:, :p, p] = cross
-    information[:, p, :p] = cross
-    information[:, p, p] = weight * power
     # The prior, whose tail towards bright particles is heavy.
     surprise = (log_scale.double() - prior.scale_mean) / prior.scale_spread
     stiffness = tail_weight(surprise) / prior.scale_spread**2
-    total = information.clone()
-    total[:, :p, :p] += prior.precision
-    total[:, p, p] += stiffness
     off = latents.double() - prior.mean
     pull = off @ prior.precision
-    slope = latents.new_empty(n, p + 1, dtype=torch.float64)
+    slope = latents.new_empty(len(latents), p + 1, dtype=torch.float64)
     slope[:, :p] = inverse_noise[:, None] * equations.gradient(scale).double() - pull
     slope[:, p] = inverse_noise * (scale * overlap - scale.square() * power)
     slope[:, p] -= stiffness * prior.scale_spread * surprise
-    factor = _factor(total)
-    covariance = torch.cholesky_inverse(factor)
+    weight = scale.square() * inverse_noise
+    covariance, log_determinant, trace = _known(equations, weight, power, stiffness, prior)
     step = (covariance @ slope.unsqueeze(-1)).squeeze(-1)
     residual = data - 2 * scale * overlap + scale.square() * power
-    log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
     evidence = (
         -residual * inverse_noise
         - n_pixels * noise.log()
@@ -123,10 +112,61 @@ def solve_particles(
         + prior.log_determinant
         + stiffness.log()
     ) / 2
-    if damping.any():
-        total[:, :p, :p] += damping.double()[:, None, None] * torch.eye(p).to(total)
-        step = torch.linalg.solve(total, slope)
-    return _Posterior(step, covariance, (covariance * information).sum((1, 2)), evidence)
+    damped = damping > 0
+    if damped.any():
+        total = _information(equations[damped], weight[damped], power[damped])
+        total[:, :p, :p] += prior.precision
+        total[:, p, p] += stiffness[damped]
+        total.diagonal(dim1=1, dim2=2)[:, :p] += damping[damped].double().unsqueeze(1)
+        step[damped] = torch.linalg.solve(total, slope[damped])
+    return _Posterior(step, covariance, trace, evidence)
+
+
+def _known(
+    equations: NormalEquations,
+    weight: Tensor,
+    power: Tensor,
+    stiffness: Tensor,
+    prior: LatentPrior,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C (b, p + 1, p + 1), log determinant of A (b,), and the trace of C (A − P) (b,)."""
+    n, p = equations.model_slope.shape
+    if weight.device.type == "cpu":
+        # Numba is only needed here.
+        from .inversion import invert_information
+
+        covariance, log_determinant = invert_information(
+            equations.hessian, weight, equations.model_slope, power, prior.precision, stiffness
+        )
+        of_prior = torch.nn.functional.pad(prior.precision, (0, 1, 0, 1)).flatten()
+        trace = p + 1 - covariance.flatten(1) @ of_prior - covariance[:, p, p] * stiffness
+        again = log_determinant.isnan()
+    else:
+        covariance = weight.new_empty(n, p + 1, p + 1)
+        log_determinant, trace = torch.empty_like(weight), torch.empty_like(weight)
+        again = torch.ones_like(weight, dtype=torch.bool)
+    if again.any():
+        information = _information(equations[again], weight[again], power[again])
+        total = information.clone()
+        total[:, :p, :p] += prior.precision
+        total[:, p, p] += stiffness[again]
+        factor = _factor(total)
+        inverse = torch.cholesky_inverse(factor)
+        covariance[again] = inverse
+        log_determinant[again] = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        trace[again] = (inverse * information).sum((1, 2))
+    return covariance, log_determinant, trace
+
+
+def _information(equations: NormalEquations, weight: Tensor, power: Tensor) -> Tensor:
+    """(b, p + 1, p + 1) a²/σ² [H, Jᵀf; ·, fᵀf]."""
+    n, p = equations.model_slope.shape
+    information = weight.new_empty(n, p + 1, p + 1)
+    information[:, :p, :p] = equations.hessian
+    information[:, :p, p] = equations.model_slope
+    information[:, p, :p] = equations.model_slope
+    information[:, p, p] = power
+    return information.mul_(weight[:, None, None])
 
 
 def _factor(precision: Tensor) -> Tensor:

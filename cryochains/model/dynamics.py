@@ -190,6 +190,15 @@ class Dynamics:
         """Per chain (K, n_c, 3): what one unit of each mode's latent adds to its atoms, Å."""
         return tuple(self._tensor(self._vectors(chain)) for chain in range(len(self.chains)))
 
+    @cached_property
+    def _vectors_by_axis(self) -> tuple[Tensor, ...]:
+        """Per chain (3, n_c, p_c): `mode_vectors`, and zeros for the other latents."""
+        parts = []
+        for layout, vectors in zip(self.chains, self.mode_vectors, strict=True):
+            others = layout.latents.stop - layout.mode.stop
+            parts.append(torch.nn.functional.pad(vectors.permute(2, 1, 0), (0, others)))
+        return tuple(parts)
+
     def _vectors(self, chain: int) -> np.ndarray:
         nodes = np.flatnonzero(self.structure.node_chain == chain)
         # Every atom and bead follows its residue's node, so that all share their latents.
@@ -291,22 +300,25 @@ class Dynamics:
         if frame is None:
             frame = torch.eye(3, dtype=latents.dtype, device=latents.device).expand(b, 3, 3)
         frame = frame.to(latents.dtype)
-        d = frame.shape[1]
         turned = frame @ rotvec_to_matrix(rotvecs)
-        vectors = self.mode_vectors[chain].to(latents.dtype)
-        bending = vectors.view(-1, 3) @ turned.transpose(1, 2)
-        parts = [bending.view(b, -1, layout.n_atoms, d)]
+        # In memory (b, d, n_c, p_c), as projection wants it: see `transform_tangents`.
+        vectors = self._vectors_by_axis[chain].to(latents.dtype)
+        bending = turned.reshape(-1, 3) @ vectors.flatten(1)
+        steps = bending.view(b, frame.shape[1], *vectors.shape[1:])
+        first = layout.latents.start
         if self.rotation:
             # d(Rx)/dω_i = R [J_i]× x with J the right Jacobian of SO(3) (Solà 2018, eq. 143).
             jacobian = right_jacobian(rotvecs)
             jacobian = jacobian * self.scale_tensor[layout.rotation.start].to(latents.dtype)
             columns = jacobian.transpose(1, 2).reshape(-1, 3)
             step = turned.unsqueeze(1) @ cross_matrix(columns).view(b, 3, 3, 3)
-            parts.append(self.bend(latents, chain).unsqueeze(1) @ step.transpose(2, 3))
+            of_turns = slice(layout.rotation.start - first, layout.rotation.stop - first)
+            bent = self.bend(latents, chain).unsqueeze(1)
+            steps[..., of_turns] = bent @ step.permute(0, 2, 3, 1)
         if self.translation:
-            shift = frame.transpose(1, 2).unsqueeze(2)
-            parts.append(shift.expand(b, 3, layout.n_atoms, d))
-        return torch.cat(parts, dim=1)
+            of_shifts = slice(layout.translation.start - first, None)
+            steps[..., of_shifts] = frame.unsqueeze(2)
+        return steps.permute(0, 3, 2, 1)
 
     def gram(self, latents: Tensor) -> Tensor:
         """(b, p, p) matrix DᵀD of D = ∂coords/∂z.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images import filter_images, project, project_tangents
+from ..images import filter_images, project, transform_tangents
 
 # Pixels, the narrowest Gaussian that is drawn.
 _LEAST_PIXELS = 0.8
@@ -164,19 +164,23 @@ class Microscope:
         blur: float = 0.0,
         variance: Tensor | None = None,
         box_size: int | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """(b, k, box, box//2 + 1) derivative of `spectrum` when `atoms` move along k tangents.
+        """(b, box·(box + 2), k) derivative of `spectrum` when `atoms` move along k tangents.
 
-        `positions` (b, m, 2), `tangents` (b, k, m, 2) and `variance` (b, m): of these atoms.
+        `positions` (b, m, 2), `tangents` (b, k, m, 2) and `variance` (b, m): of these atoms. Real
+        and imaginary parts of a frequency one after the other, as `torch.view_as_real` has them;
+        into `columns` where they are given.
         """
         box = self.box_size if box_size is None else box_size
         widths = self._drawn_widths(atoms, positions, blur, variance, box)
         weights = self.weight_tensor[atoms]
-        steps = project_tangents(positions, tangents, weights, box, self._pixel(box), widths)
         sharpening = self._sharpening(blur, box)
         if sharpening is not None:
             transfer = transfer * sharpening
-        return torch.fft.rfft2(steps, norm="ortho").mul_(transfer.unsqueeze(-3))
+        return transform_tangents(
+            positions, tangents, weights, box, self._pixel(box), widths, transfer, columns
+        )
 
     def render(
         self,

@@ -243,13 +243,14 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     "project": lambda g, f: images.project(
         g.bead_dynamics.reference[None], g.microscope.weight_tensor, 32, 4.0, 3.0
     ),
-    "project_tangents": lambda g, f: images.project_tangents(
+    "transform_tangents": lambda g, f: images.transform_tangents(
         g.bead_dynamics.reference[None, :, :2],
         g.bead_dynamics.reference[None, None, :, :2],
         g.microscope.weight_tensor,
         32,
         4.0,
         3.0,
+        torch.ones(32, 17),
     ),
     "write_volume": lambda g, f: images.write_volume(
         f / "a.mrc", g.closed.coords[None, :8], 2.0, g.closed.origin

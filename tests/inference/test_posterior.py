@@ -1,7 +1,9 @@
 """The posterior of linearised images, where rounding matters."""
 
+import pytest
 import torch
 
+from cryochains.inference.inversion import invert_information
 from cryochains.inference.likelihood import NormalEquations
 from cryochains.inference.posterior import latent_prior, solve_particles
 
@@ -43,3 +45,35 @@ def test_sound_information_is_not_changed():
     posterior = solve(hessian)
     expected = 1 / (hessian.diagonal().double() + 1e-4)
     torch.testing.assert_close(posterior.covariance[0].diagonal()[:3], expected)
+
+
+@pytest.mark.parametrize("p", [1, 7, 8, 30])
+def test_inverses_are_those_of_double_precision(p):
+    """Of fewer latents than pivots at a time, as many, and some blocks of them and a rest."""
+    generator = torch.Generator().manual_seed(p)
+    root = torch.randn(5, p + 1, 2 * p + 2, generator=generator, dtype=torch.float64)
+    # Latents of very different units.
+    units = 10 ** (4 * torch.rand(p + 1, generator=generator, dtype=torch.float64) - 2)
+    whole = units[:, None] * (root @ root.mT) * units
+    precision = torch.diag(units[:p] ** 2)
+    weight = 0.5 + torch.rand(5, generator=generator, dtype=torch.float64)
+    last = 0.1 + torch.rand(5, generator=generator, dtype=torch.float64)
+    parts = (whole[:, :p, :p].float(), weight, whole[:, p, :p], whole[:, p, p], precision, last)
+    inverses, log_determinants = invert_information(*parts)
+    total = weight[:, None, None] * whole
+    total[:, :p, :p] += precision
+    total[:, p, p] += last
+    expected = total.inverse()
+    spread = expected.diagonal(dim1=1, dim2=2).sqrt()
+    off = (inverses - expected) / (spread.unsqueeze(2) * spread.unsqueeze(1))
+    assert off.abs().max() < 1e-4
+    torch.testing.assert_close(log_determinants, torch.logdet(total), rtol=0, atol=1e-4)
+    assert torch.equal(inverses, inverses.mT)
+
+
+def test_a_matrix_that_single_precision_hardly_inverts_is_named():
+    hessian = torch.tensor([[1.0, 1.0 - 1e-6], [1.0 - 1e-6, 1.0]]).expand(2, 2, 2)
+    one, zeros = torch.ones(2), torch.zeros(2, 2)
+    wide, narrow = 1e-9 * torch.eye(2), torch.eye(2)
+    assert invert_information(hessian, one, zeros, one, wide, one)[1].isnan().all()
+    assert invert_information(hessian, one, zeros, one, narrow, one)[1].isfinite().all()

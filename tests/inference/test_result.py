@@ -687,7 +687,8 @@ def test_scales_are_positive(result):
         scale[7] = value
         with pytest.raises(ValueError, match="expected positive scales, got .* try scale=None"):
             Result(result.model, result.latents, scale=scale)
-        with pytest.raises(ValueError, match="expected (positive .*)?contrast.* above 0, got .* try "):
+        sentence = "expected (positive .*)?contrast.* above 0, got .* try "
+        with pytest.raises(ValueError, match=sentence):
             replace(result, scale=None, population=replace(result.population, contrast=value))
 
 

