@@ -1,14 +1,15 @@
-"""What decides of an image, where its pose and its population are known: residuals and their sums.
+"""What decides of an image whose pose and population are known: residuals and sums of products.
 
-Symbols: f → the image of the population's mean conformation at the particle's pose, C → its CTF, V
-(p, k) → the leading directions of the population, tᵢ → the derivative of f by the i-th of them, a →
-the particle's brightness, s → the noise spectrum. In Fourier space
+Symbols: f → the image of a conformation of the population at the particle's pose, C → its CTF, tᵢ →
+the derivative of f along the i-th leading direction of the population, a → the particle's
+brightness, s → the noise spectrum. In Fourier space, with ⟨·,·⟩ weighted by 1/s and by a blur,
 
     a = ⟨C f, y⟩ / ⟨C f, C f⟩,  r = y/a − C f,  gᵢ = ⟨C tᵢ, r⟩,  Hᵢⱼ = ⟨C tᵢ, C tⱼ⟩
 
-with ⟨·,·⟩ weighted by 1/s. C r/s, back in real space and times tᵢ, is a map whose sum is gᵢ: where
-in the image it speaks for a motion. Brightness is fitted for each image, so none of this changes
-when an image is made brighter.
+The sums g of products of residual and tangents are the gradient of the log likelihood: what an
+image says of a motion. One gradient is only true near its conformation, and so there are three: at
+the mean, and on either side of it along the first direction; each under several blurs. Brightness
+is fitted for each image, and nothing of this changes when an image is made brighter.
 """
 
 from dataclasses import dataclass
@@ -20,14 +21,15 @@ from torch import Tensor
 from ..images import gaussian_transfer
 from ..model import Model, Population
 from .leading import leading_steps
-from .likelihood import crop_spectrum, frequency_band, real_parts
+from .likelihood import frequency_band, real_parts
 
-# Å. Sums over frequencies that these blurs leave; brightness is fitted under the first, since
+# Å. Sums over the frequencies that each blur leaves. Brightness is fitted under the first, since
 # detail of atoms that are elsewhere looks dim.
 _BLURS = (8.0, 5.0, 2.5, 0.0)
-# Å a pixel of the maps, about: what moves by some Å is to be seen, and little else computed.
-_MAP_PIXEL = 3.9
-_LEAST_MAP = 16
+# Where images are compared along the first direction, in its standard deviations; first the mean.
+_OFFSETS = (0.0, -1.2, 1.2)
+# Of χ², which is as large as an image has pixels.
+_POWER_UNIT = 100.0
 # Brightness is no less than this share of the root of the image's power over the mean's.
 _LEAST_SCALE = 1e-3
 
@@ -38,32 +40,29 @@ class Clues:
 
     Attributes
     ----------
-    maps : (b, c, m, m) tensor
-        The residual C r/s, the mean's image, k tangents, and k products of residual and tangent.
     numbers : (b, q) tensor
-        Posterior steps and their standard deviations in the leading directions, in those of the
-        population, at each blur; how bright detail is; and the logarithm of the brightness over the
-        noise.
+        At each of three conformations and under each blur: posterior steps in the leading
+        directions and the logarithms of their standard deviations, both in the population's
+        standard deviations, and how much better or worse than the mean's the image fits. Before
+        them `detail`, and the logarithm of brightness over noise.
+    detail : (b, n_blurs - 1) tensor
+        How bright finer detail is, relative to what the first blur leaves, less 1: well below 0
+        where the image shows something else.
     scale : (b,) tensor
-        a, the brightness of each image over the model's.
+        a, over the model's.
     noise_std : (b,) tensor
         In grey levels.
     """
 
-    maps: Tensor
     numbers: Tensor
+    detail: Tensor
     scale: Tensor
     noise_std: Tensor
-
-    @property
-    def log_clarity(self) -> Tensor:
-        """(b,) logarithm of brightness over noise."""
-        return (self.scale / self.noise_std).log()
 
 
 @dataclass(frozen=True, eq=False)
 class ExpectedImages:
-    """Images of a population's mean conformation, and of its leading directions.
+    """Images of some conformations of a population, and their derivatives.
 
     Attributes
     ----------
@@ -82,23 +81,10 @@ class ExpectedImages:
     variances: Tensor
 
     @property
-    def n_directions(self) -> int:
-        return len(self.variances)
-
-    @property
-    def n_maps(self) -> int:
-        return 2 + 2 * self.n_directions
-
-    @property
     def n_numbers(self) -> int:
-        return 2 * self.n_directions * len(_BLURS) + len(_BLURS)
-
-    @cached_property
-    def map_size(self) -> int:
-        """Pixels a side of the maps."""
-        side = self.model.box_size * self.model.pixel_size
-        size = 4 * round(side / _MAP_PIXEL / 4)
-        return min(max(size, _LEAST_MAP), self.model.box_size)
+        """q, of `Clues`."""
+        k, blurs = len(self.variances), len(_BLURS)
+        return 2 * k * blurs + blurs + (len(_OFFSETS) - 1) * (2 * k + 1) * blurs
 
     @cached_property
     def mean(self) -> Tensor:
@@ -106,15 +92,31 @@ class ExpectedImages:
         return self.population.mean.float().to(self.model.device)
 
     @cached_property
-    def _coords(self) -> Tensor:
-        """(n_beads, 3) Å of the mean conformation."""
-        return self.model.bead_dynamics.decode(self.mean[None])[0]
+    def basis(self) -> Tensor:
+        """(p, k) float32 `directions`."""
+        return self.directions.float().to(self.model.device)
 
     @cached_property
-    def _steps(self) -> Tensor:
-        """(k, n_beads, 3) Å, what one unit of each direction moves beads by."""
-        directions = self.directions.float().to(self.model.device)
-        return leading_steps(self.model.bead_dynamics, self.mean, directions)
+    def spread(self) -> Tensor:
+        """(k,) Å, standard deviations along the directions."""
+        return self.variances.sqrt().float().to(self.model.device)
+
+    @cached_property
+    def left(self) -> Tensor:
+        """(p,) variance of each latent that the directions leave out."""
+        told = (self.directions.square() * self.variances).sum(1)
+        left = self.population.covariance.diagonal() - told
+        return left.clamp_min(0).float().to(self.model.device)
+
+    @cached_property
+    def _conformations(self) -> list[tuple[Tensor, Tensor]]:
+        """(n_beads, 3) Å, and (k, n_beads, 3) Å that one unit of each direction moves beads by."""
+        dynamics = self.model.bead_dynamics
+        first = self.spread[0] * self.basis[:, 0]
+        latents = [self.mean + offset * first for offset in _OFFSETS]
+        return [
+            (dynamics.decode(z[None])[0], leading_steps(dynamics, z, self.basis)) for z in latents
+        ]
 
     @cached_property
     def relative_spectrum(self) -> Tensor:
@@ -143,74 +145,60 @@ class ExpectedImages:
 
     @cached_property
     def _n_pixels(self) -> float:
-        return float(frequency_band(self.model.microscope).n_pixels)
+        return frequency_band(self.model.microscope).n_pixels
 
-    @cached_property
-    def map_weights(self) -> Tensor:
-        """(m, m//2 + 1) what the residual's frequencies are multiplied by besides the CTF."""
-        weights = crop_spectrum(self.relative_spectrum.reciprocal(), self.map_size).clone()
-        weights[0, 0] = 0
-        return weights
-
-    def spectra(self, rotations: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, box, box//2 + 1) of the mean and (b, k, box, box//2 + 1) of tangents, without CTF."""
+    def spectra(self, rotations: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each conformation, (b, box, box//2 + 1) and of its tangents (b, k, …), without CTF."""
         microscope = self.model.microscope
-        coords = self._coords.expand(len(rotations), -1, -1)
-        positions = microscope.image_positions(coords, rotations)
         axes = rotations[:, None, :2].transpose(2, 3)
         ones = torch.ones_like(self.relative_spectrum)
-        steps = microscope.tangent_spectra(positions, self._steps @ axes, slice(None), ones)
-        return microscope.spectrum(positions), steps
+        answer = []
+        for coords, steps in self._conformations:
+            positions = microscope.image_positions(coords.expand(len(rotations), -1, -1), rotations)
+            moved = microscope.tangent_spectra(positions, steps @ axes, slice(None), ones)
+            answer.append((microscope.spectrum(positions), moved))
+        return answer
 
-    def clues(self, observed: Tensor, ctf: Tensor | None, mean: Tensor, steps: Tensor) -> Clues:
+    def clues(
+        self, observed: Tensor, ctf: Tensor | None, spectra: list[tuple[Tensor, Tensor]]
+    ) -> Clues:
         """Of images (b, box, box//2 + 1) in Fourier space, with shifts undone.
 
-        `mean` and `steps` as of `spectra`; `ctf` (b, box, box//2 + 1).
+        `spectra` as of the method; `ctf` (b, box, box//2 + 1).
         """
         root = self._root_weights if ctf is None else self._root_weights * ctf
         data = real_parts(observed * self._root_weights)
-        expected = real_parts(mean * root)
-        moved = real_parts(steps * root.unsqueeze(-3))
+        expected = real_parts(spectra[0][0] * root)
         power = expected.square() @ self._passed
         overlap = (expected * data) @ self._passed
-        total = data.square().sum(1)
-        least = _LEAST_SCALE * (total / power[:, -1]).sqrt()
+        least = _LEAST_SCALE * (data.square().sum(1) / power[:, -1]).sqrt()
         scale = (overlap[:, 0] / power[:, 0]).maximum(least)
-        rest = data - scale.unsqueeze(1) * expected
+        data = data / scale.unsqueeze(1)
+        rest = data - expected
         noise = (rest.square().sum(1) / self._n_pixels).sqrt()
-        rest = rest / scale.unsqueeze(1)
-        clarity = scale / noise
+        detail = overlap[:, 1:] / power[:, 1:] / scale.unsqueeze(1) - 1
+        numbers = [detail, -noise.log().unsqueeze(1)]
+        of_mean = rest.square()
+        for number, (other, steps) in enumerate(spectra):
+            if number:
+                rest = data - real_parts(other * root)
+                worse = (rest.square() - of_mean) @ self._passed
+                numbers.append(worse / noise.square().unsqueeze(1) / _POWER_UNIT)
+            numbers.append(self._steps(rest, real_parts(steps * root.unsqueeze(-3)), noise))
+        return Clues(torch.cat(numbers, dim=1), detail, scale, scale * noise)
+
+    def _steps(self, rest: Tensor, moved: Tensor, noise: Tensor) -> Tensor:
+        """(b, 2·k·n_blurs) posterior steps and log standard deviations, over the population's."""
         slopes = (moved * rest.unsqueeze(1)) @ self._passed
         hessian = (moved.unsqueeze(2) * moved.unsqueeze(1)) @ self._passed
-        numbers = self._numbers(slopes, hessian, clarity)
-        detail = overlap[:, 1:] / power[:, 1:] / scale.unsqueeze(1)
-        numbers = torch.cat([numbers, detail - 1, clarity.log().unsqueeze(1)], dim=1)
-        maps = self._maps(observed / scale[:, None, None], ctf, mean, steps)
-        return Clues(maps, numbers, scale, noise)
-
-    def _numbers(self, slopes: Tensor, hessian: Tensor, clarity: Tensor) -> Tensor:
-        """(b, 2·k·n_blurs) posterior steps and standard deviations over the population's."""
-        spread = self.variances.sqrt().to(slopes)
-        weight = clarity.square()[:, None, None]
+        spread = self.spread
+        weight = noise.square().reciprocal()[:, None, None]
         slope = weight * slopes.transpose(1, 2) * spread
         information = weight.unsqueeze(3) * hessian.permute(0, 3, 1, 2) * spread[:, None] * spread
-        eye = torch.eye(len(spread)).to(slopes)
-        covariance = (information + eye).inverse()
+        covariance = (information + torch.eye(len(spread)).to(spread)).inverse()
         step = (covariance @ slope.unsqueeze(3)).squeeze(3)
         std = covariance.diagonal(dim1=2, dim2=3).sqrt()
         return torch.cat([step.flatten(1), std.log().flatten(1)], dim=1)
-
-    def _maps(self, observed: Tensor, ctf: Tensor | None, mean: Tensor, steps: Tensor) -> Tensor:
-        m = self.map_size
-        observed, mean, steps = (crop_spectrum(part, m) for part in (observed, mean, steps))
-        if ctf is None:
-            residual = (observed - mean) * self.map_weights
-        else:
-            ctf = crop_spectrum(ctf, m)
-            residual = (observed - ctf * mean) * (ctf * self.map_weights)
-        spectra = torch.cat([residual.unsqueeze(1), mean.unsqueeze(1), steps], dim=1)
-        maps = torch.fft.irfft2(spectra, s=(m, m), norm="ortho")
-        return torch.cat([maps, maps[:, :1] * maps[:, 2:]], dim=1)
 
 
 def centred_spectra(images: Tensor, shifts: Tensor, pixel_size: float) -> Tensor:
