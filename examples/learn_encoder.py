@@ -34,7 +34,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=240_000, help="images to learn from")
+    parser.add_argument("--draws", type=int, default=200_000, help="images to learn from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/glua3-encoder.safetensors"))
     return parser.parse_args()

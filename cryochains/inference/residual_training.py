@@ -55,7 +55,7 @@ _TRAINED, _HELD_OUT, _FIRST = range(3)
 def train_residual_encoder(
     result: Result,
     *,
-    draws: int = 120_000,
+    draws: int = 200_000,
     width: int = 64,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
@@ -72,7 +72,7 @@ def train_residual_encoder(
         Of `refine` or `estimate`: its model and population are drawn from, its particles say which
         CTFs there are. None of its images teaches the encoder anything.
     draws : int
-        Images to learn from: about 1.2 ms each on one core at 64 px, with one leading direction.
+        Images to learn from: about 1.3 ms each on one core at 64 px, with one leading direction.
     width : int
         Hidden units of each of three layers.
     batch_size : int

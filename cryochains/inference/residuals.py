@@ -7,9 +7,9 @@ brightness, s → the noise spectrum. In Fourier space, with ⟨·,·⟩ weighte
     a = ⟨C f, y⟩ / ⟨C f, C f⟩,  r = y/a − C f,  gᵢ = ⟨C tᵢ, r⟩,  Hᵢⱼ = ⟨C tᵢ, C tⱼ⟩
 
 The sums g of products of residual and tangents are the gradient of the log likelihood: what an
-image says of a motion. One gradient is only true near its conformation, and so there are three: at
-the mean, and on either side of it along the first direction; each under several blurs. Brightness
-is fitted for each image, and nothing of this changes when an image is made brighter.
+image says of a motion. A gradient is true near its conformation alone, and so there are two, on
+either side of the mean along the first direction, each under several blurs. Brightness is fitted
+for each image, to both, and nothing of this changes when an image is made brighter.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from .likelihood import frequency_band, real_parts
 # Å. Sums over the frequencies that each blur leaves. Brightness is fitted under the first, since
 # detail of atoms that are elsewhere looks dim.
 _BLURS = (8.0, 5.0, 2.5, 0.0)
-# Where images are compared along the first direction, in its standard deviations; first the mean.
-_OFFSETS = (0.0, -1.2, 1.2)
+# Where images are compared along the first direction, in its standard deviations from the mean.
+_OFFSETS = (-0.9, 0.9)
 # Of χ², which is as large as an image has pixels.
 _POWER_UNIT = 100.0
-# Brightness is no less than this share of the root of the image's power over the mean's.
+# Brightness is no less than this share of the root of the image's power over the model's.
 _LEAST_SCALE = 1e-3
 
 
@@ -41,10 +41,10 @@ class Clues:
     Attributes
     ----------
     numbers : (b, q) tensor
-        At each of three conformations and under each blur: posterior steps in the leading
-        directions and the logarithms of their standard deviations, both in the population's
-        standard deviations, and how much better or worse than the mean's the image fits. Before
-        them `detail`, and the logarithm of brightness over noise.
+        Under each blur, at both conformations, posterior steps in the leading directions and the
+        logarithms of their standard deviations, both in the population's standard deviations.
+        Before them `detail`, the logarithm of brightness over noise, and by how much one
+        conformation fits better than the other.
     detail : (b, n_blurs - 1) tensor
         How bright finer detail is, relative to what the first blur leaves, less 1: well below 0
         where the image shows something else.
@@ -84,7 +84,7 @@ class ExpectedImages:
     def n_numbers(self) -> int:
         """q, of `Clues`."""
         k, blurs = len(self.variances), len(_BLURS)
-        return 2 * k * blurs + blurs + (len(_OFFSETS) - 1) * (2 * k + 1) * blurs
+        return 2 * blurs + len(_OFFSETS) * 2 * k * blurs
 
     @cached_property
     def mean(self) -> Tensor:
@@ -168,22 +168,19 @@ class ExpectedImages:
         """
         root = self._root_weights if ctf is None else self._root_weights * ctf
         data = real_parts(observed * self._root_weights)
-        expected = real_parts(spectra[0][0] * root)
-        power = expected.square() @ self._passed
-        overlap = (expected * data) @ self._passed
+        first, second = (real_parts(image * root) for image, _ in spectra)
+        power = (first.square() + second.square()) @ self._passed
+        overlap = ((first + second) * data) @ self._passed
         least = _LEAST_SCALE * (data.square().sum(1) / power[:, -1]).sqrt()
         scale = (overlap[:, 0] / power[:, 0]).maximum(least)
         data = data / scale.unsqueeze(1)
-        rest = data - expected
-        noise = (rest.square().sum(1) / self._n_pixels).sqrt()
+        residuals = (data - first, data - second)
+        squares = tuple(rest.square() for rest in residuals)
+        noise = ((squares[0] + squares[1]).sum(1) / (2 * self._n_pixels)).sqrt()
         detail = overlap[:, 1:] / power[:, 1:] / scale.unsqueeze(1) - 1
-        numbers = [detail, -noise.log().unsqueeze(1)]
-        of_mean = rest.square()
-        for number, (other, steps) in enumerate(spectra):
-            if number:
-                rest = data - real_parts(other * root)
-                worse = (rest.square() - of_mean) @ self._passed
-                numbers.append(worse / noise.square().unsqueeze(1) / _POWER_UNIT)
+        better = (squares[0] - squares[1]) @ self._passed / noise.square().unsqueeze(1)
+        numbers = [detail, -noise.log().unsqueeze(1), better / _POWER_UNIT]
+        for rest, (_, steps) in zip(residuals, spectra, strict=True):
             numbers.append(self._steps(rest, real_parts(steps * root.unsqueeze(-3)), noise))
         return Clues(torch.cat(numbers, dim=1), detail, scale, scale * noise)
 
