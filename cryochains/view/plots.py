@@ -19,7 +19,7 @@ from ..analysis import (
     MapComparison,
     PrincipalMotions,
 )
-from ..inference import Check, Encoder, Result, Verdict
+from ..inference import Check, Encoder, ResidualEncoder, Result, Verdict
 from ..model import Model
 from ..molecule import Modes, Structure, find_chain
 from .drawing import (
@@ -155,7 +155,7 @@ def _draw_images(axes: np.ndarray, images: np.ndarray, name: str, good: np.ndarr
     axes[0].set_ylabel(name)
 
 
-def plot_training(encoder: Encoder) -> Figure:
+def plot_training(encoder: Encoder | ResidualEncoder) -> Figure:
     """Loss, and where the truth is known RMSD, of every epoch that an encoder was trained.
 
     Raises
