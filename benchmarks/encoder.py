@@ -141,6 +141,8 @@ def measure(
     began = time.process_time()
     result = answer(particles)
     milliseconds = 1000 * (time.process_time() - began) / len(particles)
+    # Of all particles, also those that a way takes for junk since they are too dim.
+    result = replace(result, responsibility=None)
     motions = cc.compute_pca(result)
     scores = cc.score(result, motions)
     row = {"explained": scores.explained_motion, "spearman": scores.spearman, "rmsd": scores.rmsd}

@@ -118,7 +118,7 @@ def train_residual_encoder(
         )
     population, particles = _drawn_from(result)
     model = result.model.to(choose_device(device)).with_beads(population.beads)
-    expected = ExpectedImages(model, population, *_directions(model, particles, population))
+    expected = ExpectedImages(model, population, *_told(model, particles, population))
     settings: dict = {"draws": draws, "width": width, "batch_size": batch_size, "seed": seed}
     settings["learning_rate"] = learning_rate
     source = _Source(expected, particles.ctf, seed)
@@ -160,9 +160,7 @@ def _drawn_from(result: Result) -> tuple[Population, ParticleStack]:
     return given.population, given.particles
 
 
-def _directions(
-    model: Model, particles: ParticleStack, population: Population
-) -> tuple[Tensor, Tensor]:
+def _told(model: Model, particles: ParticleStack, population: Population) -> tuple[Tensor, Tensor]:
     some = particles[:: -(-len(particles) // 64)]
     run = Run(
         model=model,

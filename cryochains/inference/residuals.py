@@ -25,7 +25,7 @@ from .likelihood import frequency_band, real_parts
 
 # Å. Sums over the frequencies that each blur leaves. Brightness is fitted under the first, since
 # detail of atoms that are elsewhere looks dim.
-_BLURS = (8.0, 5.0, 2.5, 0.0)
+_SUM_BLURS = (8.0, 5.0, 2.5, 0.0)
 # Where images are compared along the first direction, in its standard deviations from the mean.
 _OFFSETS = (-0.9, 0.9)
 # Of χ², which is as large as an image has pixels.
@@ -83,7 +83,7 @@ class ExpectedImages:
     @property
     def n_numbers(self) -> int:
         """q, of `Clues`."""
-        k, blurs = len(self.variances), len(_BLURS)
+        k, blurs = len(self.variances), len(_SUM_BLURS)
         return 2 * blurs + len(_OFFSETS) * 2 * k * blurs
 
     @cached_property
@@ -138,7 +138,7 @@ class ExpectedImages:
         model = self.model
         low = [
             gaussian_transfer(model.box_size, model.pixel_size, blur, model.device)
-            for blur in _BLURS
+            for blur in _SUM_BLURS
         ]
         squares = torch.stack(low, dim=-1).square()
         return squares.flatten(0, 1).repeat_interleave(2, dim=0)

@@ -186,9 +186,7 @@ def test_gradient_is_that_of_the_likelihood(encoder, others):
     log_std = numbers[:, k * n_blurs : 2 * k * n_blurs].view(3, n_blurs, k)[:, -1]
     assert k == 1
     # The renderer's own gradient and the analytic tangents differ near the Nyquist frequency.
-    torch.testing.assert_close(
-        steps[:, 0], slope * (2 * log_std[:, 0]).exp(), rtol=0.1, atol=0.05
-    )
+    torch.testing.assert_close(steps[:, 0], slope * (2 * log_std[:, 0]).exp(), rtol=0.1, atol=0.05)
 
 
 # Refused
