@@ -214,7 +214,7 @@ def encode_residuals(
         finite[rows], usable[rows] = whole.cpu(), good.cpu()
         if not good.any():
             continue
-        clues = clues_of(expected, batch, good)
+        clues = _clues_of(expected, batch, good)
         answer, log_std = network(clues.numbers)
         weights = answer * expected.spread
         variances = (log_std.exp() * expected.spread).square()
@@ -239,7 +239,7 @@ def encode_residuals(
     )
 
 
-def clues_of(expected: ExpectedImages, batch: Batch, rows: Tensor) -> Clues:
+def _clues_of(expected: ExpectedImages, batch: Batch, rows: Tensor) -> Clues:
     """What the images of a batch say, at `rows` (mask or indices) of it."""
     images, rotations, shifts = batch.images[rows], batch.rotations[rows], batch.shifts[rows]
     ctf = None if batch.ctf is None else batch.ctf[rows]
@@ -266,7 +266,7 @@ def join_clues(parts: Sequence[Clues]) -> Clues:
 # What it was trained for
 
 
-def ctf_columns(ctf: CTF | None) -> dict[str, Tensor]:
+def _ctf_columns(ctf: CTF | None) -> dict[str, Tensor]:
     """(n,) values by name and unit that CTFs are told apart by; empty where there are none."""
     if ctf is None:
         return {}
@@ -284,7 +284,7 @@ def ctf_columns(ctf: CTF | None) -> dict[str, Tensor]:
 def ctf_limits(ctf: CTF | None) -> dict[str, tuple[float, float]]:
     """Least and most of what draws have whose CTFs are like these."""
     limits = {}
-    for name, values in ctf_columns(ctf).items():
+    for name, values in _ctf_columns(ctf).items():
         low, high = float(values.min()), float(values.max())
         if name.startswith("defocus"):
             low, high = low / DEFOCUS_FACTOR, high * DEFOCUS_FACTOR
@@ -293,7 +293,7 @@ def ctf_limits(ctf: CTF | None) -> dict[str, tuple[float, float]]:
 
 
 def _require_known_ctfs(encoder: ResidualEncoder, ctf: CTF | None) -> None:
-    columns = ctf_columns(ctf)
+    columns = _ctf_columns(ctf)
     if bool(columns) != bool(encoder.ctf):
         expected, got = ("CTFs", "none") if encoder.ctf else ("no CTFs", "some")
         raise ValueError(
@@ -340,7 +340,7 @@ def _require_known_images(
             "estimate, or train_residual_encoder on a result of such particles"
         )
     batch = next(iter(some.batches(len(some), device=expected.model.device, require_finite=False)))
-    detail = clues_of(expected, batch, look.usable.to(expected.model.device)).detail
+    detail = _clues_of(expected, batch, look.usable.to(expected.model.device)).detail
     middle = detail.double().median(0).values.cpu()
     if ((middle < encoder.detail[0]) | (middle > encoder.detail[1])).any():
         raise ValueError(
