@@ -36,8 +36,9 @@ ENCODER_KIND = "encoder"
 CLARITY_FACTOR = 2.5
 # Draws have a defocus up to so many times that of a particle, or of that less.
 DEFOCUS_FACTOR = 1.25
-# Root mean square of the logarithm that noise spectra differ by.
-_SPECTRUM_TOLERANCE = math.log(1.5)
+# Root mean square of the logarithm that noise spectra differ by: up to a factor of 1.75, which is
+# noise whose power falls as 1/f, the encoder of the package explains 0.02 less of the motion.
+_SPECTRUM_TOLERANCE = math.log(1.75)
 # Particles that tell noise and detail before all are answered.
 _LOOKED_AT = 64
 # Particles that one thread takes.

@@ -100,16 +100,20 @@ def train_residual_encoder(
 
     Examples
     --------
-    >>> from cryochains import Model, encode, load_structure, refine, simulate_particles
-    >>> closed = load_structure("glua3-closed")
-    >>> particles = simulate_particles(
-    ...     closed, 8, conformations=closed.coords[None], box_size=32, progress=False
+    >>> from cryochains import encode, load_structure, match_structures, morph, refine
+    >>> from cryochains import simulate_particles, superpose
+    >>> closed, opened = match_structures(
+    ...     load_structure("glua3-closed"), load_structure("glua3-open")
     ... )
-    >>> model = Model(closed, particles, modes=None)
-    >>> result = refine(model, particles, blurs=(4.0, 0.0), progress=False)
-    >>> encoder = train_residual_encoder(result, draws=256, batch_size=32, progress=False)
+    >>> path = morph(closed, superpose(opened, closed), n=5)
+    >>> particles = simulate_particles(
+    ...     closed, 20, conformations=path, box_size=32, progress=False
+    ... )
+    >>> model = Model(closed, particles, modes=2)
+    >>> result = refine(model, particles, blurs=(8.0, 4.0, 0.0), progress=False)
+    >>> encoder = train_residual_encoder(result, draws=64, batch_size=32, progress=False)
     >>> encode(encoder, particles)
-    Result(8 particles, encoded, 12 latents of 'glua3-closed', spread ... Å)
+    Result(20 particles, encoded, 16 latents of 'glua3-closed', spread ... Å)
     """
     if draws < 1 or width < 1 or batch_size < 1 or not learning_rate > 0:
         raise ValueError(

@@ -288,9 +288,9 @@ def test_images_of_the_result_teach_nothing(result, others):
 def test_a_run_that_was_cut_gives_the_same_numbers(result, tmp_path, monkeypatch):
     settings = {"draws": 320, "batch_size": 16, "seed": 4, **QUIET}
     whole = train_residual_encoder(result, **settings)
-    import cryochains.inference.residual_training as training
-
-    path, save = tmp_path / "checkpoint", training._save
+    # Its module: where the examples in docstrings are tested too, pytest imports another.
+    module = train_residual_encoder.__globals__
+    path, save = tmp_path / "checkpoint", module["_save"]
     written = []
 
     def save_three_times(*arguments):
@@ -299,7 +299,7 @@ def test_a_run_that_was_cut_gives_the_same_numbers(result, tmp_path, monkeypatch
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save", save_three_times)
+    monkeypatch.setitem(module, "_save", save_three_times)
     with pytest.raises(KeyboardInterrupt):
         train_residual_encoder(result, checkpoint=path, **settings)
     monkeypatch.undo()
