@@ -53,6 +53,7 @@ _SOURCES = {
     "ParticleStack": "load_particles(path)",
     "Population": "load_population(name), or that of a result",
     "PrincipalMotions": "compute_pca(result)",
+    "ResidualEncoder": "inference.train_residual_encoder(result)",
     "Result": "refine(model, particles)",
     "Structure": "load_structure(path)",
 }

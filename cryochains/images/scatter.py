@@ -103,6 +103,8 @@ def scatter_atoms(xy: Tensor, amplitudes: Tensor, grid: Tensor, sigma: Tensor) -
     images = xy.new_zeros(len(xy), len(grid), len(grid))
     parts = (xy, amplitudes, *_falloffs_and_extents(sigma), grid, images)
     _scatter_images(*(part.contiguous().numpy() for part in parts))
+    # Atoms that are nowhere touch no pixel, but are no empty image either.
+    images[~(xy.isfinite().all(2) & amplitudes.isfinite()).all(1)] = torch.nan
     return images
 
 

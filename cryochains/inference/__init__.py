@@ -22,6 +22,9 @@
 - `scores`: scores against a known truth, and the information limit.
 - `encoder`: the paper's network, image → latents, and `Encoder`, which `encode` uses.
 - `training`: `train_encoder`, by the images' mean squared error alone.
+- `residuals`: what decides of an image whose pose and population are known.
+- `residual_encoder`: `ResidualEncoder`, a network that is given just that.
+- `residual_training`: `train_residual_encoder`, on particles drawn from a population.
 """
 
 from .bending import measure_bending
@@ -33,6 +36,8 @@ from .image_model import measure_contrast
 from .likelihood import NormalEquations, normal_equations, position_variance
 from .reference import correct_reference
 from .refinement import estimate, refine, remove_run_states
+from .residual_encoder import ResidualEncoder, ResidualNetwork
+from .residual_training import train_residual_encoder
 from .result import RESULT_FILE, Result, load_result, posterior_covariance
 from .scores import (
     Scores,
@@ -55,6 +60,8 @@ __all__ = [
     "Finding",
     "NormalEquations",
     "PoseCorrection",
+    "ResidualEncoder",
+    "ResidualNetwork",
     "Result",
     "Scores",
     "Verdict",
@@ -80,6 +87,7 @@ __all__ = [
     "rmsd",
     "score",
     "train_encoder",
+    "train_residual_encoder",
     "true_latents",
     "true_population",
 ]

@@ -18,12 +18,27 @@ from .._devices import choose_device
 from .._files import load_tensors, save_tensors
 from .._processes import gather, own_share
 from ..images import ParticleStack
-from ..model import KINDS, Dynamics, Model, pack_model, require_same_images, unpack_model
+from ..model import (
+    KINDS,
+    PRETRAINED_FOLDER,
+    Dynamics,
+    Model,
+    pack_model,
+    require_same_images,
+    unpack_model,
+)
+from .residual_encoder import (
+    ENCODER_KIND,
+    ResidualEncoder,
+    encode_residuals,
+    unpack_residual_encoder,
+)
 from .result import Result
 
 _FILTERS = (32, 128, 256, 512)
 _HIDDEN = (512, 256)
-_ENCODER_KIND = "encoder"
+# Of the encoders that come with the package, after the name of the molecule.
+_PRETRAINED_SUFFIX = "-encoder.safetensors"
 
 
 class EncoderNetwork(nn.Module):
@@ -212,7 +227,7 @@ class Encoder:
         weights = self.network.state_dict()
         tensors |= {f"network/{name}": value for name, value in weights.items()}
         meta = {
-            "kind": _ENCODER_KIND,
+            "kind": ENCODER_KIND,
             "model": model_meta,
             "width": self.network.width,
             "pool": self.network.pool,
@@ -236,16 +251,18 @@ def new_network(model: Model, width: float, pool: str, seed: int) -> EncoderNetw
 
 
 @checked
-def load_encoder(path: str | os.PathLike) -> Encoder:
-    """Open an encoder that ``Encoder.save`` wrote; nothing else is needed.
+def load_encoder(path: str | os.PathLike) -> Encoder | ResidualEncoder:
+    """Open an encoder of the package, or one that ``save`` wrote; nothing else is needed.
 
     Parameters
     ----------
-    path : path
+    path : str or path
+        "glua3", the `ResidualEncoder` that comes with the package (synthetic particles, see its
+        card beside it in ``cryochains/data``), or a file.
 
     Returns
     -------
-    Encoder
+    Encoder or ResidualEncoder
 
     Raises
     ------
@@ -254,6 +271,8 @@ def load_encoder(path: str | os.PathLike) -> Encoder:
 
     Examples
     --------
+    >>> load_encoder("glua3")
+    ResidualEncoder('glua3-closed', 64 px × 1.94 Å, 1 direction, ... draws)
     >>> from cryochains import load_structure
     >>> model = Model(load_structure("glua3-closed"), modes=None, box_size=32, pixel_size=5.0)
     >>> untrained = Encoder(model, new_network(model, width=0.1, pool="block", seed=0), 1.0, ())
@@ -261,15 +280,13 @@ def load_encoder(path: str | os.PathLike) -> Encoder:
     >>> load_encoder("results/doc/encoder.safetensors")
     Encoder('glua3-closed', 0.1 M weights, 0 epochs)
     """
-    tensors, meta = load_tensors(path, _ENCODER_KIND)
+    pretrained = PRETRAINED_FOLDER / f"{path}{_PRETRAINED_SUFFIX}"
+    if os.fspath(path).isidentifier() and pretrained.is_file():
+        path = pretrained
+    tensors, meta = load_tensors(path, ENCODER_KIND)
+    unpack = unpack_residual_encoder if meta.get("given") == "residuals" else _unpack_encoder
     try:
-        model = unpack_model(tensors, meta["model"])
-        network = new_network(model, meta["width"], meta["pool"], seed=0)
-        prefix = "network/"
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        network.load_state_dict(weights)
-        history = tuple(meta["history"])
-        contrast = float(meta["contrast"])
+        return unpack(tensors, meta)
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         # torch names every weight, a line each.
         reason = " ".join(str(error).split())[:200]
@@ -277,25 +294,35 @@ def load_encoder(path: str | os.PathLike) -> Encoder:
             f"expected an encoder file, got one that is damaged at {path} "
             f"({type(error).__name__}: {reason}); try another copy of it"
         ) from error
-    return Encoder(model, network.eval(), contrast, history)
+
+
+def _unpack_encoder(tensors: dict[str, Tensor], meta: dict) -> Encoder:
+    model = unpack_model(tensors, meta["model"])
+    network = new_network(model, meta["width"], meta["pool"], seed=0)
+    prefix = "network/"
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    network.load_state_dict(weights)
+    return Encoder(model, network.eval(), float(meta["contrast"]), tuple(meta["history"]))
 
 
 @torch.no_grad()
 @checked
 def encode(
-    encoder: Encoder,
+    encoder: Encoder | ResidualEncoder,
     particles: ParticleStack,
     *,
     batch_size: Count = 64,
     device: str | torch.device | None = None,
 ) -> Result:
-    """The encoder's latents of every particle, without error bars.
+    """The encoder's latents of every particle; with error bars where it is given residuals.
 
     Parameters
     ----------
-    encoder : Encoder
+    encoder : Encoder or ResidualEncoder
+        The paper's, or one that `train_residual_encoder` returned.
     particles : ParticleStack
-        Of the box and pixel size that the encoder was trained on.
+        Of the box and pixel size that the encoder was trained on. A `ResidualEncoder` also looks
+        at the CTFs, the noise and the detail of some, and refuses what it was not trained on.
     batch_size : int
     device : torch device, optional
         By default a GPU where there is one.
@@ -308,7 +335,14 @@ def encode(
     Raises
     ------
     ValueError
-        For particles of another box or pixel size.
+        For particles of another box or pixel size, and to a `ResidualEncoder` of another molecule,
+        noise or CTF.
+
+    Warns
+    -----
+    UserWarning
+        A `ResidualEncoder`, of images that are constant or hold NaN or Inf: with responsibility 0,
+        and the population's mean and spread for latents and error bars.
 
     Examples
     --------
@@ -322,6 +356,8 @@ def encode(
     >>> encode(untrained, particles)
     Result(8 particles, encoded, 12 latents of 'glua3-closed')
     """
+    if isinstance(encoder, ResidualEncoder):
+        return encode_residuals(encoder, particles, batch_size, device)
     require_same_images(encoder.model, particles)
     device = choose_device(device)
     # A copy: the encoder stays where and as it is, whatever happens.

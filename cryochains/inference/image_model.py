@@ -117,7 +117,7 @@ def look_first(model: Model, particles: ParticleStack, batch_size: int = 64) -> 
         images = batch.images
         rows = batch.rows.cpu() + own.start
         checksums[rows] = _checksums(images)
-        whole, good = _usable(images)
+        whole, good = usable_images(images)
         finite[rows] = whole.cpu()
         usable[rows] = good.cpu()
         if not good.any():
@@ -165,7 +165,7 @@ def _checksums(images: Tensor) -> Tensor:
     return torch.tensor(sums, dtype=torch.int64)
 
 
-def _usable(images: Tensor) -> tuple[Tensor, Tensor]:
+def usable_images(images: Tensor) -> tuple[Tensor, Tensor]:
     """(b,) bool: which images are finite, and which also neither constant nor huge."""
     spread = images.double().std(dim=(-2, -1))
     constant = spread <= _CONSTANT * images.double().mean(dim=(-2, -1)).abs()
@@ -176,7 +176,7 @@ def _usable(images: Tensor) -> tuple[Tensor, Tensor]:
 def usable_rows(particles: ParticleStack, batch_size: int = 64) -> np.ndarray:
     """(n,) bool: which images are finite and neither constant nor huge."""
     batches = particles.batches(batch_size, require_finite=False)
-    return torch.cat([_usable(batch.images)[1] for batch in batches]).numpy()
+    return torch.cat([usable_images(batch.images)[1] for batch in batches]).numpy()
 
 
 def measure_contrast(model: Model, particles: ParticleStack, n: int = 500) -> float:

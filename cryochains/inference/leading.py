@@ -58,13 +58,7 @@ class _LeadingDynamics:
 
     @cached_property
     def _steps(self) -> Tensor:
-        """(k, n_beads, 3) Å that one unit of each direction moves beads by, at the mean."""
-        parts = []
-        for chain, layout in enumerate(self.dynamics.chains):
-            tangents = self.dynamics.tangents(self.mean[None], chain)[0]
-            moved = self.directions[layout.latents].T @ tangents.flatten(1)
-            parts.append(moved.view(-1, *tangents.shape[1:]))
-        return torch.cat(parts, dim=1)
+        return leading_steps(self.dynamics, self.mean, self.directions)
 
     def decode(self, weights: Tensor) -> Tensor:
         """(b, n_beads, 3) coordinates of (b, k) weights."""
@@ -89,6 +83,16 @@ class _LeadingModel:
     box_size: int
     pixel_size: float
     device: torch.device
+
+
+def leading_steps(dynamics: Dynamics, mean: Tensor, directions: Tensor) -> Tensor:
+    """(k, n_beads, 3) Å that one unit of each of (p, k) directions moves beads by, at the mean."""
+    parts = []
+    for chain, layout in enumerate(dynamics.chains):
+        tangents = dynamics.tangents(mean[None], chain)[0]
+        moved = directions[layout.latents].T @ tangents.flatten(1)
+        parts.append(moved.view(-1, *tangents.shape[1:]))
+    return torch.cat(parts, dim=1)
 
 
 def quick_state(

@@ -27,6 +27,8 @@ from .image_model import measure_contrast
 from .result import Result
 from .scores import score
 
+# Å, whose square is still a number in single precision.
+_MOST_SQUARED = 1e18
 # Name of what is known after an epoch.
 _STATE = "training"
 
@@ -187,7 +189,10 @@ class _Training:
         # The projection stays in float32: half precision there costs more accuracy than time.
         coords = self.model.bead_dynamics.decode(latents.float())
         expected = contrast * self.model.microscope.render(coords, *batch.pose)
-        return (expected - batch.images).square().mean()
+        loss = (expected - batch.images).square().mean()
+        # Atoms that far away touch no pixel, and nothing would call them back.
+        is_lost = coords.detach().abs().amax() > _MOST_SQUARED
+        return torch.where(is_lost, torch.inf, loss)
 
 
 def _train_epochs(

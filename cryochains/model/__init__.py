@@ -23,6 +23,7 @@ from .frames import (
 from .microscope import Microscope
 from .model import Model, beads_of, require_same_images, require_same_model
 from .population import (
+    PRETRAINED_FOLDER,
     ElasticPrior,
     Population,
     elastic_prior,
@@ -40,6 +41,7 @@ from .truth import Truth
 
 __all__ = [
     "KINDS",
+    "PRETRAINED_FOLDER",
     "ChainLayout",
     "Dynamics",
     "ElasticPrior",

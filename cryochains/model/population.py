@@ -176,7 +176,9 @@ def load_population(name: str | os.PathLike) -> Population:
     >>> load_population("glua3")
     Population(52 latents, spread ... Å, noise ...)
     """
-    known = sorted(path.stem for path in PRETRAINED_FOLDER.glob("*.safetensors"))
+    # Encoders lie beside them.
+    stems = sorted(path.stem for path in PRETRAINED_FOLDER.glob("*.safetensors"))
+    known = [stem for stem in stems if not stem.endswith("-encoder")]
     path = PRETRAINED_FOLDER / f"{name}.safetensors" if str(name) in known else Path(name)
     if not path.is_file():
         raise FileNotFoundError(

@@ -20,7 +20,7 @@ from ..analysis import (
     MapComparison,
     PrincipalMotions,
 )
-from ..inference import Check, Encoder, Result, Verdict
+from ..inference import Check, Encoder, ResidualEncoder, Result, Verdict
 from ..model import Model
 from ..molecule import Modes, Structure, find_chain
 from .drawing import (
@@ -158,7 +158,7 @@ def _draw_images(axes: np.ndarray, images: np.ndarray, name: str, good: np.ndarr
 
 
 @checked
-def plot_training(encoder: Encoder) -> Figure:
+def plot_training(encoder: Encoder | ResidualEncoder) -> Figure:
     """Loss, and where the truth is known RMSD, of every epoch that an encoder was trained.
 
     Raises

@@ -141,3 +141,16 @@ def test_where_nothing_can_be_written_every_process_compiles_for_itself(monkeypa
     double = compiled(lambda x: 2 * x)
     assert double(3) == 6
     assert double.signatures
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of", ["position", "amplitude"])
+def test_atoms_that_are_nowhere_are_no_empty_image(value, of):
+    grid, sigma = torch.arange(-8.0, 8.0), torch.ones(2, 3)
+    xy, amplitudes = torch.zeros(2, 3, 2), torch.ones(2, 3)
+    if of == "position":
+        xy[1, 2, 0] = value
+    else:
+        amplitudes[1, 2] = value
+    images = scatter.scatter_atoms(xy, amplitudes, grid, sigma)
+    assert images[0].isfinite().all() and images[1].isnan().all()

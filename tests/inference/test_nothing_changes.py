@@ -123,6 +123,7 @@ class Given:
     population: Population
     motions: analysis.PrincipalMotions
     encoder: Encoder
+    residual_encoder: inference.ResidualEncoder
     map: Map
     comparison: analysis.MapComparison
     latents: torch.Tensor
@@ -171,6 +172,9 @@ def given(pair, tmp_path_factory) -> Given:
         population=result.population,
         motions=analysis.compute_pca(result),
         encoder=encoder,
+        residual_encoder=inference.train_residual_encoder(
+            result, draws=32, batch_size=16, progress=False
+        ),
         map=images.reconstruct(particles, progress=False),
         comparison=analysis.compare_with_map(result, progress=False),
         latents=result.latents.clone(),
@@ -307,7 +311,10 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
     ],
     # inference
     "correct_reference": lambda g, f: inference.correct_reference(g.result),
-    "encode": lambda g, f: inference.encode(g.encoder, g.particles),
+    "encode": lambda g, f: [
+        inference.encode(g.encoder, g.particles),
+        inference.encode(g.residual_encoder, g.particles),
+    ],
     "information_limit": lambda g, f: [
         inference.information_limit(g.model, g.particles),
         inference.information_limit(g.model, g.particles, g.population, g.latents),
@@ -353,6 +360,7 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         ),
         inference.refine(g.model, g.particles, start=g.latents, blurs=(0.0,), **QUIET),
     ],
+    "remove_run_states": lambda g, f: inference.remove_run_states(f),
     "require_same_ids": lambda g, f: inference.require_same_ids(
         g.result.ids, g.particles.ids, "particles"
     ),
@@ -370,6 +378,9 @@ VERBS: dict[str, Callable[[Given, Path], object]] = {
         epochs=2,
         checkpoint=f / "training",
         **QUIET,
+    ),
+    "train_residual_encoder": lambda g, f: inference.train_residual_encoder(
+        g.result, draws=32, batch_size=16, checkpoint=f / "residual training", **QUIET
     ),
     "true_latents": lambda g, f: inference.true_latents(g.model, g.particles),
     "true_population": lambda g, f: inference.true_population(g.model, g.particles, g.latents),
