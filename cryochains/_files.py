@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# Names in a file's header: of the description of all its tensors, and of what tells damage.
+# Name in a file's header of the description of all its tensors, after a checksum of both.
 _META = "cryochains"
-_CHECKSUM = "checksum"
 
 
 @contextmanager
@@ -105,7 +104,8 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], meta
     with atomic_path(path) as part:
         # Copies, because safetensors refuses tensors that share memory.
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        save_file(copies, part, metadata={_META: text, _CHECKSUM: _checksum(copies, text)})
+        # One entry: several would stand in another order each time.
+        save_file(copies, part, metadata={_META: _checksum(copies, text) + text})
 
 
 def _checksum(tensors: dict[str, torch.Tensor], text: str) -> str:
@@ -128,11 +128,13 @@ def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
         )
     try:
         with safe_open(path, framework="pt") as file:
-            texts = dict(file.metadata() or {})
-            meta = json.loads(texts.get(_META, "{}"))
+            checksum, brace, text = (file.metadata() or {}).get(_META, "{}").partition("{")
+            text = brace + text
+            meta = json.loads(text)
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
-            is_whole = _is_as_written(tensors, texts)
+            # Other programs, and older versions, write none.
+            is_whole = not checksum or checksum == _checksum(tensors, text)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"expected {wanted}, got something unreadable at {path} ({error}); "
@@ -147,15 +149,6 @@ def load_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
         other = meta.get("kind") or "another safetensors file"
         raise ValueError(f"expected {wanted}, got {other} at {path}; try another file")
     return tensors, meta
-
-
-def _is_as_written(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> bool:
-    """Whether every bit of a file is as it was written, as far as it has a checksum."""
-    # Another program's, or an older version's.
-    if set(texts) <= {_META} or not {_META, _CHECKSUM} & set(texts):
-        return True
-    text = texts.get(_META, "")
-    return set(texts) == {_META, _CHECKSUM} and texts[_CHECKSUM] == _checksum(tensors, text)
 
 
 def pack_text(values: Iterable[str | int]) -> torch.Tensor:

@@ -221,7 +221,7 @@ def quoted(text):
 def test_a_run_that_was_cut_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
     words = ["--model", "cRT", "--engine", "map"]
     start(monkeypatch, *arguments(tmp_path / "whole", *words))
-    save = passes.save_checkpoint
+    save = passes.save_state
     saved = []
 
     def cut(run, identity, state):
@@ -230,7 +230,7 @@ def test_a_run_that_was_cut_gives_the_same_numbers(tiny, tmp_path, monkeypatch):
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes, "save_checkpoint", cut)
+    monkeypatch.setattr(passes, "save_state", cut)
     with pytest.raises(KeyboardInterrupt):
         start(monkeypatch, *arguments(tmp_path / "cut", *words))
     assert not (tmp_path / "cut" / "table.csv").exists()

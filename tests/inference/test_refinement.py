@@ -878,9 +878,8 @@ def test_a_run_resumes_with_all_that_it_knew_of_each_particle(
     settings = {"batch_size": 13, "rows": slice(40)}
     whole = of(closed, particles, **settings)
     assert 0 < (~whole.shows_molecule).sum() < 40
-    checkpoint = tmp_path / "run.safetensors"
     for n_looks in (5, 12):
-        checkpoint.unlink(missing_ok=True)
+        checkpoint = tmp_path / f"run{n_looks}"
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             cut_after(patch, n_looks)
             of(closed, particles, checkpoint=checkpoint, **settings)
